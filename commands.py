@@ -1,0 +1,188 @@
+"""What every command shares: one-line errors, atomic files, one run a folder, a result that says how it came about.
+
+Imports no TensorFlow, and must be imported before it: it sets what TensorFlow prints while it starts.
+"""
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import signal
+import sys
+import tempfile
+import typing
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Type, TypeVar, Union
+
+from absl import app, flags
+
+# 0 shows everything that TensorFlow's C++ side says, 2 only its errors. A value set by the user wins.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if "--verbose" in sys.argv else "2")
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text is one line: what was wrong, with the value, and what to do."""
+
+
+Config = TypeVar("Config")
+
+
+def flag(default: Any, text: str, choices: Sequence[str] = (), low: Optional[float] = None,
+         high: Optional[float] = None, alias: str = "") -> Any:
+    """A field of a command's frozen dataclass that is also a flag of the same name. Bounds are inclusive."""
+    return dataclasses.field(default=default, metadata={
+        "text": text, "choices": choices, "low": low, "high": high, "alias": alias})
+
+
+def define_flags(config: Type[Any]) -> None:
+    """Define one absl flag for each field of the dataclass `config`; its type annotation tells the flag's type."""
+    types = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        known = dict(field.metadata)
+        kind = next(t for t in (bool, int, float, str) if t in (types[field.name],) + getattr(types[field.name], "__args__", ()))
+        if known["choices"]:
+            flags.DEFINE_enum(field.name, field.default, list(known["choices"]), known["text"])
+        elif kind is bool:
+            flags.DEFINE_boolean(field.name, field.default, known["text"])
+        elif kind is str:
+            flags.DEFINE_string(field.name, field.default, known["text"])
+        else:
+            define = flags.DEFINE_integer if kind is int else flags.DEFINE_float
+            define(field.name, field.default, known["text"], lower_bound=known["low"], upper_bound=known["high"])
+        names = [field.name]
+        if known["alias"]:
+            flags.DEFINE_alias(known["alias"], field.name)
+            names.append(known["alias"])
+        for name in names:  # so that --help of the command shows it
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+
+
+def from_flags(config: Type[Config]) -> Config:
+    """The flags as the user set them, as one instance of the dataclass `config`."""
+    return config(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(config)})  # type: ignore[arg-type]
+
+
+def was_set(name: str) -> bool:
+    """Whether the user gave the flag `name` a value, rather than leave it at its default."""
+    return bool(flags.FLAGS[name].present)
+
+
+def _parse(argv: List[str]) -> List[str]:
+    """absl's parser, with its complaints in one line."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit("%s: %s. See --help." % (os.path.basename(argv[0]), " ".join(str(error).split()).rstrip(".")))
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Run a command's `main` under absl: what the user can mend becomes one line on stderr and exit status 1."""
+
+    def guarded(argv: List[str]) -> Any:
+        command = os.path.basename(argv[0])
+        try:
+            if len(argv) > 1:
+                raise UserError("Unexpected argument %r: settings are given as --flag=value; see --help." % argv[1])
+            return main()
+        except UserError as error:
+            sys.exit("%s: %s" % (command, error))
+        except OSError as error:
+            # A full disk, a folder that became read-only, a file that vanished: its name and the reason are the whole story.
+            where = " (%s)" % error.filename if error.filename else ""
+            sys.exit("%s: %s%s" % (command, error.strerror or error, where))
+
+    app.run(guarded, flags_parser=_parse)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str) -> Iterator[str]:
+    """Give a temporary name beside `path`; when the block ends well, flush that file and rename it to `path`.
+
+    If the block raises, the temporary file is removed and what was at `path` stays whole. The temporary name keeps
+    the ending of `path`, because Keras chooses a file's format by it.
+
+    >>> import tempfile
+    >>> target = os.path.join(tempfile.mkdtemp(), "a.txt")
+    >>> with atomic_path(target) as name:
+    ...     _ = open(name, "w").write("whole")
+    >>> open(target).read()
+    'whole'
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".tmp-", suffix="-" + name)
+    os.close(handle)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner may read
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def write_atomically(path: str, content: Union[bytes, str]) -> None:
+    """Write `content` to `path`, all of it or nothing."""
+    with atomic_path(path) as temporary:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+
+
+def make_folder(path: str) -> str:
+    """Make the folder `path` if need be; UserError if that or writing into it is not possible."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError("Cannot write into the folder %s (%s); choose another." % (path, error.strerror or error))
+    return path
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[List[int]]:
+    """SIGTERM and Ctrl-C are noted in the list that this gives, for a run to end in good order; a second one ends it at once."""
+    noted = []  # type: List[int]
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def only_run_in(folder: str) -> Iterator[None]:
+    """Hold the folder for this process; UserError if another run holds it. The lock ends with the process, however it ends."""
+    import fcntl
+
+    with open(os.path.join(folder, ".lock"), "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError("Another run is at work in the folder %s; wait for it, or choose another --output_dir."
+                            % folder)
+        yield
+
+
+def write_result(path: str, result: Dict[str, Any]) -> None:
+    """Write a command's figures as JSON, with the versions that they were made with."""
+    versions = {"python": platform.python_version()}
+    for name in ("tensorflow", "tf_keras", "keras", "numpy", "npu_device"):
+        module = sys.modules.get(name)
+        if module is not None and hasattr(module, "__version__"):
+            versions[name] = module.__version__
+    write_json(path, dict(result, versions=versions, machine=platform.machine(), cpus=os.cpu_count()))
+
+
+def write_json(path: str, content: Dict[str, Any]) -> None:
+    """Write `content` as readable JSON, atomically."""
+    write_atomically(path, json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,227 @@
+"""A folder of one's own images as a data set, in class folders or not, however large.
+
+    folder/cat/1.jpg  folder/dog/1.jpg                     labelled; a share of each class is set aside for testing
+    folder/train/cat/1.jpg  folder/test/cat/1.jpg          labelled, with a split of one's own
+    folder/1.jpg, or folder/train/1.jpg folder/test/2.jpg  without labels, for pretraining
+"""
+import hashlib
+import os
+import tempfile
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Iterator, List, NamedTuple, Optional, Tuple, Union
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+import image_files
+from commands import UserError
+
+THREADS = min(8, os.cpu_count() or 1)  # eight of the largest images at a time are what a machine can be expected to hold
+NAMES_SHOWN = 5  # of skipped files, in the warning
+
+
+class ImagesOnDisk:
+    """Decoded images, uint8 (n, s, s, 3), in a raw temporary file, for what does not fit into memory.
+
+    len() counts them; an index, a slice or an array of indices reads them as an array; `tensor()` maps them.
+    The file is removed when this object goes, or the process ends in good order.
+    """
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, decoded: Iterator[np.ndarray], image_size: int, cache_dir: Optional[str] = None) -> None:
+        with tempfile.NamedTemporaryFile(prefix="images-", suffix=".raw", dir=cache_dir, delete=False) as file:
+            self.path = file.name
+            weakref.finalize(self, os.remove, file.name)
+            # Written rather than assigned to a memory map, in which a full disk ends the process with a signal.
+            for image in decoded:
+                file.write(image.tobytes())
+            number = file.tell() // (3 * image_size ** 2)
+        self.shape = (number, image_size, image_size, 3)
+        self._array = np.memmap(self.path, np.uint8, "r", shape=self.shape) if number else np.empty(self.shape, np.uint8)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return np.array(self._array[index])
+
+    def tensor(self) -> tf.Tensor:
+        """All images as one tensor that TensorFlow reads from the disk as it needs them."""
+        return tf.raw_ops.ImmutableConst(dtype=tf.uint8, shape=self.shape, memory_region_name=self.path)
+
+
+Images = Union[np.ndarray, ImagesOnDisk]
+
+
+class Listing(NamedTuple):
+    """Files, and the name of the class of each, or None where there are no class folders."""
+    paths: List[str]
+    classes: Optional[List[str]]
+
+
+def read(folder: str, image_size: int, test_fraction: float, memory_limit: int, cache_dir: Optional[str]) -> Tuple[
+        Images, Optional[np.ndarray], Images, Optional[np.ndarray], Tuple[str, ...], Tuple[str, ...], Tuple[str, ...]]:
+    """Read a folder of images: the fields of `datasets.Data` in their order, images as uint8 (n, s, s, 3).
+
+    Where more than `memory_limit` bytes come together, the images are kept in a file in `cache_dir`. Files that are no
+    usable images are skipped with a warning that names them; hidden files and links to folders are ignored.
+    The split depends on nothing but the files' names. Raises UserError if what is left is no data set.
+    """
+    folder = os.path.expanduser(folder)
+    if not os.path.isdir(folder):
+        raise UserError("The image folder %s does not exist or is no folder." % folder)
+    if not 0 <= test_fraction < 1:
+        raise UserError("The fraction of test images is %g; it must be at least 0 and less than 1." % test_fraction)
+    train, test = _listings(folder, test_fraction)
+    train_images, kept = _decode(train.paths, folder, image_size, memory_limit, cache_dir)
+    train = _only(train, kept)
+    if len(train.paths) < 2:
+        raise UserError("The folder %s holds %d usable images for training (PNG, JPEG, GIF or BMP); it needs at least 2, "
+                        "in class folders, or without for pretraining." % (folder, len(train.paths)))
+    test_images, kept = _decode(test.paths, folder, image_size, memory_limit, cache_dir)
+    test = _only(test, kept)
+    train_files, test_files = ([os.path.relpath(path, folder) for path in part.paths] for part in (train, test))
+    if train.classes is None or test.classes is None:
+        return train_images, None, test_images, None, (), tuple(train_files), tuple(test_files)
+
+    names = sorted(set(train.classes))
+    if len(names) < 2:
+        raise UserError("The folder %s has one class only, %s; add folders of other classes, or for pretraining without "
+                        "labels put the images into the folder itself." % (folder, names[0]))
+    if test_fraction > 0 and not test.paths:
+        raise UserError("The folder %s has %d usable images in %d classes and none for testing; at least one class "
+                        "needs two." % (folder, len(train.paths), len(names)))
+    unknown = sorted(set(test.classes) - set(names))
+    if unknown:
+        raise UserError("The class %s of %s has images for testing, but no usable one for training."
+                        % (unknown[0], folder))
+    number = {name: index for index, name in enumerate(names)}
+    train_labels, test_labels = (np.array([number[name] for name in part.classes], np.int64) for part in (train, test))
+    return train_images, train_labels, test_images, test_labels, tuple(names), tuple(train_files), tuple(test_files)
+
+
+def _listings(folder: str, test_fraction: float) -> Tuple[Listing, Listing]:
+    """The files for training and for testing."""
+    inside = set(_folders(folder))
+    if {"train", "test"} <= inside:
+        if len(inside) > 2:
+            logging.warning("Beside train and test, these folders in %s are ignored: %s.", folder,
+                            ", ".join(map(repr, sorted(inside - {"train", "test"}))))
+        train, test = (_list(os.path.join(folder, name)) for name in ("train", "test"))
+        if test.paths and (train.classes is None) != (test.classes is None):
+            raise UserError("Of the folders train and test in %s, one has class folders and the other has not." % folder)
+        return train, test
+    if inside and inside <= {"train", "test", "val", "valid", "validation"}:
+        raise UserError("The folder %s has the folder %s, but not both train and test; rename or add what is missing."
+                        % (folder, " and ".join(sorted(inside))))
+    everything = _list(folder)
+    if everything.classes is None:
+        return everything, Listing([], None)
+    chosen = _choose(everything, folder, test_fraction)
+    others = [i for i in range(len(everything.paths)) if i not in chosen]
+    return _only(everything, others), _only(everything, sorted(chosen))
+
+
+def _choose(listing: Listing, folder: str, fraction: float) -> set:
+    """Indices for testing: of each class the fraction, at least one of two or more, whose names have the least hashes.
+
+    So every command, whatever its seed, keeps the same images apart, and new files change little of it.
+    """
+    classes, chosen = {}, set()
+    for index, name in enumerate(listing.classes):
+        classes.setdefault(name, []).append(index)
+    for mine in classes.values():
+        mine.sort(key=lambda i: hashlib.sha256(os.fsencode(os.path.relpath(listing.paths[i], folder))).digest())
+        number = 0 if fraction == 0 or len(mine) < 2 else max(1, round(fraction * len(mine)))
+        chosen.update(mine[:number])
+    return chosen
+
+
+def _only(listing: Listing, indices: List[int]) -> Listing:
+    return Listing([listing.paths[i] for i in indices],
+                   None if listing.classes is None else [listing.classes[i] for i in indices])
+
+
+def _folders(folder: str) -> List[str]:
+    names = []
+    for entry in os.scandir(folder):
+        if entry.is_dir() and not entry.name.startswith("."):
+            if entry.is_symlink():
+                logging.warning("The link %r to a folder is not followed.", entry.path)
+            else:
+                names.append(entry.name)
+    return sorted(names)
+
+
+def _list(folder: str) -> Listing:
+    """All files below the class folders in `folder`; if these hold none, all in `folder` itself."""
+    paths, classes = [], []
+    for name in _folders(folder):
+        below = _files(os.path.join(folder, name))
+        paths += below
+        classes += [name] * len(below)
+    beside = [entry.path for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith(".")]
+    if not paths:
+        return Listing(sorted(beside), None)
+    if beside:
+        logging.warning("%d files in %s are ignored, because they lie beside the class folders: %s.", len(beside), folder,
+                        _shown([repr(os.path.basename(path)) for path in sorted(beside)]))
+    return Listing(paths, classes)
+
+
+def _files(folder: str) -> List[str]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    paths = []
+    for parent, folders, names in os.walk(folder, onerror=fail):  # does not follow links
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files = (os.path.join(parent, name) for name in sorted(names) if not name.startswith("."))
+        paths += [path for path in files if os.path.isfile(path)]
+    return paths
+
+
+def _decode(paths: List[str], folder: str, image_size: int, memory_limit: int,
+            cache_dir: Optional[str]) -> Tuple[Images, List[int]]:
+    """Decode files to images of one size, in memory or on disk; also tells which of the files were usable."""
+    kept, skipped = [], []
+    logging.info("Reading %d files from %s.", len(paths), folder)
+
+    def usable() -> Iterator[np.ndarray]:
+        for index, image in enumerate(_load_all(paths, image_size)):
+            if isinstance(image, image_files.Unusable):
+                skipped.append("%r (%s)" % (os.path.relpath(paths[index], folder), image))
+            else:
+                kept.append(index)
+                yield image
+
+    if len(paths) * image_size ** 2 * 3 > memory_limit:
+        result = ImagesOnDisk(usable(), image_size, cache_dir)
+    else:
+        result = np.empty((len(paths), image_size, image_size, 3), np.uint8)
+        for image in usable():
+            result[len(kept) - 1] = image
+        result = result[:len(kept)]
+    if skipped:
+        logging.warning("Skipped %d of %d files in %s: %s.", len(skipped), len(paths), folder, _shown(skipped))
+    return result, kept
+
+
+def _load_all(paths: List[str], image_size: int) -> Iterator[Union[np.ndarray, image_files.Unusable]]:
+    def load(path: str) -> Union[np.ndarray, image_files.Unusable]:
+        try:
+            with tf.device("CPU:0"):
+                return image_files.load(path, image_size)
+        except image_files.Unusable as error:
+            return error
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for start in range(0, len(paths), 1024):  # as many results at a time as may wait in memory
+            yield from pool.map(load, paths[start:start + 1024])
+
+
+def _shown(names: List[str]) -> str:
+    more = ", and %d more" % (len(names) - NAMES_SHOWN) if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more

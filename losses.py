@@ -1,0 +1,27 @@
+"""The loss of BYOL (arXiv:2006.07733, equation 2)."""
+import tensorflow as tf
+
+
+def byol_loss(p: tf.Tensor, z: tf.Tensor) -> tf.Tensor:
+    """2 - 2 * mean over the rows of the cosine of p and z: 0 when all point the same way, 4 when opposite.
+
+    p: (n, d) predictions of the online networks; z: (n, d) projections of the target networks; any float dtype, as
+    large as they like: they are compared in float32. For BYOL's symmetric loss p is [p1; p2] and z is [z2; z1].
+    Gives a float32 scalar. Gradients pass through z as well: it is the train step that differentiates by the online weights only.
+
+    >>> float(byol_loss(tf.constant([[3., 4.]]), tf.constant([[4., -3.]])))
+    2.0
+    """
+    p = tf.math.l2_normalize(tf.cast(p, tf.float32), axis=1)
+    z = tf.math.l2_normalize(tf.cast(z, tf.float32), axis=1)
+    return 2.0 - 2.0 * tf.reduce_mean(tf.reduce_sum(p * z, axis=1))
+
+
+def projection_spread(z: tf.Tensor) -> tf.Tensor:
+    """Standard deviation of the l2-normalised projections over the batch, averaged over their dimensions.
+
+    z: (n, d), any float dtype. Gives a float32 scalar: 0 when all images are projected to one point, which is a
+    collapse, and about 1/sqrt(d), 0.088 for d = 128, when they spread evenly over the sphere.
+    """
+    z = tf.math.l2_normalize(tf.cast(z, tf.float32), axis=1)
+    return tf.reduce_mean(tf.math.reduce_std(z, axis=0))

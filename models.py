@@ -1,0 +1,154 @@
+"""The networks of BYOL on CIFAR-10: the encoders f, the heads g and q, and the linear classifier c.
+
+Keras 2 throughout: the NPU adapter is bound to TensorFlow 2.6.5, whose Keras is Keras 2, and on current TensorFlow the
+package tf-keras is the same API. This module decides which one is imported; every other says `from models import keras`.
+"""
+from typing import Any, Tuple
+
+import tensorflow as tf
+
+
+def _keras2() -> Any:
+    """Keras 2 as it belongs to the TensorFlow that is installed; ImportError with the remedy if it is not there."""
+    major, minor = (int(part) for part in tf.__version__.split(".")[:2])
+    if (major, minor) < (2, 16):  # the first TensorFlow whose tf.keras is Keras 3
+        return tf.keras
+    wanted = "pip install 'tf-keras~=%d.%d.0'" % (major, minor)
+    try:
+        import tf_keras
+    except ImportError as error:
+        raise ImportError("TensorFlow %s needs the package tf-keras (Keras 2): %s" % (tf.__version__, wanted)) from error
+    if tf_keras.__version__.split(".")[:2] != [str(major), str(minor)]:
+        raise ImportError("tf-keras %s does not belong to TensorFlow %s: %s"
+                          % (tf_keras.__version__, tf.__version__, wanted))
+    return tf_keras
+
+
+keras = _keras2()
+
+
+class BasicBlock(keras.layers.Layer):  # type: ignore[misc]
+    """conv3x3-BN-ReLU-conv3x3-BN plus the shortcut, then ReLU (He et al., 2015, arXiv:1512.03385, figure 5 left).
+
+    The shortcut is the identity, or a 1x1 convolution and BatchNorm where the block has a stride.
+    (b, h, w, channels) -> (b, h / stride, w / stride, filters).
+    """
+
+    def __init__(self, channels: int, filters: int, stride: int, name: str) -> None:
+        super().__init__(name=name)
+        self.conv1 = keras.layers.Conv2D(filters, 3, strides=stride, padding="same", name="conv1")
+        self.norm1 = keras.layers.BatchNormalization(name="norm1")
+        self.conv2 = keras.layers.Conv2D(filters, 3, padding="same", name="conv2")
+        self.norm2 = keras.layers.BatchNormalization(name="norm2")
+        layers = [(self.conv1, channels), (self.norm1, filters), (self.conv2, filters), (self.norm2, filters)]
+        self.project = stride != 1
+        if self.project:
+            self.shortcut_conv = keras.layers.Conv2D(filters, 1, strides=stride, padding="same", name="shortcut_conv")
+            self.shortcut_norm = keras.layers.BatchNormalization(name="shortcut_norm")
+            layers += [(self.shortcut_conv, channels), (self.shortcut_norm, filters)]
+        with tf.name_scope(name):
+            for layer, inputs in layers:
+                _build(layer, (None, None, None, inputs))
+        self.built = True
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        x = tf.nn.relu(self.norm1(self.conv1(inputs), training=training))
+        x = self.norm2(self.conv2(x), training=training)
+        if self.project:
+            inputs = self.shortcut_norm(self.shortcut_conv(inputs), training=training)
+        return tf.nn.relu(x + inputs)
+
+
+class ResNet(keras.Model):  # type: ignore[misc]
+    """An encoder f with the CIFAR stem: 3x3 convolution of stride 1, BatchNorm, ReLU, and no max-pool.
+
+    (b, h, w, 3) float in [0, 1] -> (b, 512 * width_multiplier) in the layers' compute dtype, after global average
+    pooling. All weights exist as soon as the object does, without tracing the network once for nothing.
+    ValueError if the width leaves a stage without filters.
+    """
+
+    def __init__(self, blocks: Tuple[int, int, int, int], width_multiplier: float = 1.0, name: str = "encoder") -> None:
+        super().__init__(name=name)
+        widths = [int(filters * width_multiplier) for filters in (64, 128, 256, 512)]
+        if widths[0] < 1:
+            raise ValueError("width_multiplier is %g, which leaves no filters: give at least 1/64" % width_multiplier)
+        self.features = channels = widths[0]
+        self.stem_conv = keras.layers.Conv2D(channels, 3, padding="same", name="stem_conv")
+        self.stem_norm = keras.layers.BatchNormalization(name="stem_norm")
+        with tf.name_scope(name):
+            _build(self.stem_conv, (None, None, None, 3))
+            _build(self.stem_norm, (None, None, None, channels))
+            self.blocks = []
+            for stage, (count, filters) in enumerate(zip(blocks, widths)):
+                for index in range(count):
+                    stride = 2 if stage > 0 and index == 0 else 1
+                    block = BasicBlock(channels, filters, stride, name="stage%d_block%d" % (stage + 1, index + 1))
+                    self.blocks.append(block)
+                    channels = filters
+        self.features = channels
+        self.built = True
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        x = tf.nn.relu(self.stem_norm(self.stem_conv(inputs), training=training))
+        for block in self.blocks:
+            x = block(x, training=training)
+        return tf.reduce_mean(x, axis=[1, 2])
+
+
+def _build(layer: Any, input_shape: Tuple[Any, ...]) -> None:
+    """Make a layer's weights under its own name, as its first call would, but without tracing it."""
+    with tf.name_scope(layer.name):
+        layer.build(tf.TensorShape(input_shape))
+
+
+def ResNet18(width_multiplier: float = 1.0, name: str = "resnet18") -> ResNet:
+    """ResNet-18 (2-2-2-2 basic blocks): 11,173,632 trainable parameters at width 1, h of (b, 512)."""
+    return ResNet((2, 2, 2, 2), width_multiplier, name)
+
+
+def ResNet34(width_multiplier: float = 1.0, name: str = "resnet34") -> ResNet:
+    """ResNet-34 (3-4-6-3 basic blocks): 21,285,504 trainable parameters at width 1, h of (b, 512)."""
+    return ResNet((3, 4, 6, 3), width_multiplier, name)
+
+
+ENCODERS = {"resnet18": ResNet18, "resnet34": ResNet34}
+
+
+class ProjectionHead(keras.Model):  # type: ignore[misc]
+    """The projector g and the predictor q: Dense 256, BatchNorm, ReLU, Dense 128. (b, any) -> (b, 128)."""
+
+    def __init__(self, name: str = "projection_head") -> None:
+        super().__init__(name=name)
+        self.features = 128
+        self.hidden = keras.layers.Dense(256, name="hidden")
+        self.norm = keras.layers.BatchNormalization(name="norm")
+        self.output_layer = keras.layers.Dense(self.features, name="output")
+
+    def build(self, input_shape: Any) -> None:
+        _build(self.hidden, (None, input_shape[-1]))
+        _build(self.norm, (None, 256))
+        _build(self.output_layer, (None, 256))
+        self.built = True
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        return self.output_layer(tf.nn.relu(self.norm(self.hidden(inputs), training=training)))
+
+
+class ClassificationHead(keras.Model):  # type: ignore[misc]
+    """The linear classifier c on features: (b, any) -> float32 logits (b, num_classes)."""
+
+    def __init__(self, num_classes: int = 10, name: str = "classification_head") -> None:
+        super().__init__(name=name)
+        self.logits = keras.layers.Dense(num_classes, dtype="float32", name="logits")
+
+    def build(self, input_shape: Any) -> None:
+        _build(self.logits, (None, input_shape[-1]))
+        self.built = True
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        return self.logits(inputs)
+
+
+def count_parameters(network: Any) -> int:
+    """How many trainable numbers a network has."""
+    return sum(weight.shape.num_elements() for weight in network.trainable_weights)

@@ -1,0 +1,384 @@
+"""Pretrain an image encoder by BYOL (arXiv:2006.07733).
+
+    python pretraining.py --encoder resnet18 --num_epochs 200 --batch_size 512 --data_dir DIR
+
+trains on CIFAR-10 and writes into --output_dir: f_online_<epoch>.h5 (the encoder's weights), losses.txt (every batch's
+loss), config.json (these settings), metrics.json and result.json (figures), checkpoints/ (to go on from: start the same
+command again). Without data: --dataset shapes.
+"""
+import dataclasses
+import functools
+import os
+import signal
+import sys
+import time
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import commands  # before TensorFlow, whose log level it sets
+import checkpoints
+import datasets
+import evaluation
+import losses
+import models
+import npu_config
+import schedules
+import tensorflow as tf
+from absl import logging
+from commands import UserError, flag
+from models import keras
+
+# A call of the training loop on CPU or GPU takes at most about so long, so that Ctrl-C is answered and a bar can move.
+SECONDS_A_CALL = 2.0
+# Warn below this fraction of the spread that evenly spread projections have; slow healthy runs were seen at 0.4 and above.
+COLLAPSED = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(npu_config.Options):
+    """The settings of a run: each is a flag, and all are saved as config.json."""
+    encoder: str = flag("resnet18", "The encoder f (reference and ModelZoo).", choices=sorted(models.ENCODERS))
+    width_multiplier: float = flag(1.0, "Scales the encoder's filters; 0.25 makes it sixteen times cheaper.", low=1 / 64)
+    dataset: str = flag("cifar10", "What to train on. shapes is made by the program and needs no files; folder is a folder of "
+                        "images.", choices=datasets.NAMES)
+    data_dir: Optional[str] = flag(None, "Where the data set lies: CIFAR's batches folder or .tar.gz, or a folder of images.",
+                                   alias="data_path")
+    image_size: int = flag(32, "Height and width of the images (reference: 32).", low=8)
+    test_fraction: float = flag(0.1, "Of a folder without train/ and test/: the part kept for testing.", low=0, high=0.9)
+    output_dir: str = flag(".", "Where results go.", alias="model_dir")
+    num_epochs: int = flag(200, "Epochs to train (ModelZoo README: 200).", low=1)
+    batch_size: int = flag(512, "Images a step, over all devices (reference: 512).", low=2)
+    learning_rate: float = flag(1e-3, "For a batch of 512; scaled by batch_size / 512 (reference: 0.001).", low=0)
+    lr_schedule: str = flag("cosine", "cosine to 0 over the run (ModelZoo README), or constant (reference).",
+                            choices=sorted(schedules.LEARNING_RATES))
+    momentum: float = flag(0.9, "Adam's beta_1 (ModelZoo README: 0.9).", low=0, high=0.9999)
+    weight_decay: float = flag(1e-4, "Decoupled, on kernels only, times the learning rate (ModelZoo README: 1e-4; reference: 0).",
+                               low=0)
+    target_momentum: float = flag(0.99, "The target keeps this much of itself at each step (reference: 0.99).", low=0, high=1)
+    save_every: int = flag(100, "Epochs between weight files (reference: 100); one is written at the end as well.", low=1)
+    log_every: int = flag(10, "Batches between log lines (reference: 10).", low=1, alias="log_step_count_steps")
+    iterations_per_loop: Optional[int] = flag(
+        None, "Steps that the device takes between returns to the host, NPU: exactly, others: at most. Default: log_every, "
+        "which must be a multiple of it, and so must save_checkpoints_steps.", low=1)
+    save_checkpoints_steps: int = flag(5000, "Steps between checkpoints (ModelZoo README: 5000); each epoch's end has one too.",
+                                       low=1)
+    keep_checkpoint_max: int = flag(5, "Checkpoints kept (ModelZoo README: 5).", low=1)
+    knn_every: Optional[int] = flag(None, "Epochs between k-NN evaluations of the online encoder, the first before training; 0: "
+                                    "only at the end. Default: 0 on CPU, else 10.", low=0)
+    seed: int = flag(0, "Of initial weights, order and views: the same seed gives the same run.", low=0, high=2 ** 31 - 1)
+    max_steps: Optional[int] = flag(None, "End in good order after so many steps of the run; schedules stay those of num_epochs.",
+                                    low=1)
+    resume: bool = flag(True, "Go on from the newest checkpoint in output_dir, if there is one. --noresume starts anew.")
+    overwrite: bool = flag(False, "With --noresume: overwrite the results of an earlier run.")
+    quiet: bool = flag(False, "Print warnings and errors only.")
+    verbose: bool = flag(False, "Print what TensorFlow and the device say, too.")
+
+
+# Settings that a run may change when it is resumed: they do not change what is computed.
+FREE = {"data_dir", "output_dir", "device", "num_devices", "save_every", "log_every", "iterations_per_loop", "max_steps",
+        "save_checkpoints_steps", "keep_checkpoint_max", "knn_every", "resume", "overwrite", "quiet", "verbose", "jit_compile",
+        "hcom_parallel", "over_dump", "over_dump_path", "data_dump_flag", "data_dump_step", "data_dump_path", "profiling",
+        "profiling_dump_path", "auto_tune", "fusion_off_flag", "fusion_off_file"}
+
+
+class AdamW(getattr(keras.optimizers, "legacy", keras.optimizers).Adam):  # type: ignore[misc]
+    """Adam with decoupled weight decay (arXiv:1711.05101) on weights of rank 2 and more, which are the kernels:
+
+        w <- w - learning_rate * weight_decay * w, then Adam's own step, whose gradient knows nothing of it.
+    """
+
+    def __init__(self, weight_decay: float, **settings: Any) -> None:
+        super().__init__(name="Adam", **settings)
+        self._weight_decay = weight_decay
+
+    def _resource_apply_dense(self, grad: tf.Tensor, var: tf.Variable, apply_state: Any = None) -> Any:
+        if self._weight_decay and var.shape.rank > 1:
+            rate = apply_state[(var.device, var.dtype.base_dtype)]["lr_t"]
+            with tf.control_dependencies([var.assign_sub(rate * self._weight_decay * var)]):
+                return super()._resource_apply_dense(grad, var, apply_state)
+        return super()._resource_apply_dense(grad, var, apply_state)
+
+
+class Byol(tf.Module):
+    """The networks, the optimiser and the compiled loop that trains them: the whole training state, in Variables.
+
+    loop_size: the most steps that one call of `train_loop` will take.
+    """
+
+    def __init__(self, config: Config, device: npu_config.Device, total_steps: int, loop_size: int) -> None:
+        super().__init__()
+        self._config = config
+        self._device = device
+        make_encoder = functools.partial(models.ENCODERS[config.encoder], config.width_multiplier)
+        base = schedules.scaled_learning_rate(config.learning_rate, config.batch_size)
+        schedule = schedules.LEARNING_RATES[config.lr_schedule]
+        with device.scope():
+            self.f_online, self.g_online, self.q_online = make_encoder(), models.ProjectionHead(), models.ProjectionHead()
+            self.f_target, self.g_target = make_encoder(), models.ProjectionHead()
+            for head, width in ((self.g_online, self.f_online.features), (self.q_online, self.g_online.features),
+                                (self.g_target, self.f_target.features)):
+                head.build((None, width))
+            self.step = tf.Variable(0, trainable=False, dtype=tf.int64, name="step",
+                                    aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
+            self.learning_rate = lambda: schedule(self.step, base, total_steps)
+            optimizer = AdamW(config.weight_decay, learning_rate=self.learning_rate, beta_1=config.momentum)
+            optimizer._create_all_weights(self.online_weights)  # now, so that a checkpoint finds them all
+            self.optimizer = device.loss_scaled(optimizer)
+            # (2, loop_size): loss and spread of the latest steps, the newest last. The loop shifts them in, since the NPU
+            # carries nothing but Variables from step to step, not even the loop's index.
+            self.recent = tf.Variable(tf.zeros([2, loop_size]), trainable=False, name="recent",
+                                      aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
+        self.train_loop = device.compile(self._train_loop)
+
+    @property
+    def online_weights(self) -> List[tf.Variable]:
+        """What the optimiser trains: the trainable weights of f, g and q."""
+        return [weight for network in (self.f_online, self.g_online, self.q_online) for weight in network.trainable_weights]
+
+    def state(self) -> Dict[str, Any]:
+        """What a checkpoint must hold."""
+        names = ("f_online", "g_online", "q_online", "f_target", "g_target", "optimizer", "step")
+        return {name: getattr(self, name) for name in names}
+
+    def broadcast(self) -> None:
+        """Give every worker the chief's weights, statistics and optimiser slots."""
+        everything = list(self.variables) + self.optimizer.variables()
+        self._device.broadcast([variable for variable in everything if variable.dtype == tf.float32])
+
+    def _train_loop(self, iterator: Iterator[Any], n: tf.Tensor) -> None:
+        """Take n steps (scalar int32) on the next n elements of the iterator, each (x1, x2).
+
+        Returns nothing and uses no loop index: in this form the NPU takes the loop whole. Results are in `recent`.
+        """
+        for _ in tf.range(n):
+            x1, x2 = next(iterator)
+            self.train_step_pretraining(x1, x2)
+
+    @tf.autograph.experimental.do_not_convert  # plain Python: saves the conversion's time at every start
+    def train_step_pretraining(self, x1: tf.Tensor, x2: tf.Tensor) -> None:
+        """One step on two views, each (b, s, s, 3) float32 in [0, 1]: the online networks, then the target's average."""
+        loss, spread = self._device.run(self._update_online, (x1, x2))
+        self._update_target()
+        self.step.assign_add(1)
+        self.recent.assign(tf.concat([self.recent[:, 1:], [[loss], [spread]]], axis=1))
+
+    def _update_online(self, x1: tf.Tensor, x2: tf.Tensor) -> Tuple[tf.Tensor, tf.Tensor]:
+        """One optimiser step on f, g and q, and the moving statistics of all. Gives loss and spread, float32 scalars."""
+        z1 = self.g_target(self.f_target(x1, training=True), training=True)
+        z2 = self.g_target(self.f_target(x2, training=True), training=True)
+        weights = self.online_weights
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(weights)
+            p1 = self.q_online(self.g_online(self.f_online(x1, training=True), training=True), training=True)
+            p2 = self.q_online(self.g_online(self.f_online(x2, training=True), training=True), training=True)
+            with self._device.keep_float32():
+                loss = losses.byol_loss(tf.concat([p1, p2], axis=0), tf.concat([z2, z1], axis=0))
+                scaled = self._device.scale_loss(self.optimizer, loss)
+        self._device.apply_gradients(self.optimizer, scaled, tape, weights)
+        with self._device.keep_float32():
+            return loss, losses.projection_spread(tf.concat([z1, z2], axis=0))
+
+    def _update_target(self) -> None:
+        """target <- m * target + (1 - m) * online, for every weight of f and g, moving statistics included."""
+        m = self._config.target_momentum
+        for online, target in ((self.f_online, self.f_target), (self.g_online, self.g_target)):
+            for source, goal in zip(online.weights, target.weights):
+                goal.assign(m * goal + (1 - m) * source)
+
+
+class Run:
+    """One run in one folder: what is printed, evaluated and saved around the calls of the training loop."""
+
+    def __init__(self, config: Config, device: npu_config.Device, data: datasets.Data) -> None:
+        self.config, self.device, self.data = config, device, data
+        self.steps_per_epoch = len(data.train_images) // config.batch_size
+        if self.steps_per_epoch == 0:
+            raise UserError("--batch_size %d is larger than the data set, which has %d training images."
+                            % (config.batch_size, len(data.train_images)))
+        self.total_steps = self.steps_per_epoch * config.num_epochs
+        self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
+        self.loop_size = config.iterations_per_loop or config.log_every
+        self.knn_every = (0 if device.kind == "cpu" else 10) if config.knn_every is None else config.knn_every
+        self.history = checkpoints.History()
+        self.signals = []  # type: List[int]
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.config.output_dir, name)
+
+    def say(self, text: str) -> None:
+        """Print a line, if this is the process that prints."""
+        if self.device.is_chief and not self.config.quiet:
+            print(text, flush=True)
+
+    def start(self) -> None:
+        """Make the networks, tell their shapes, and go on from the newest checkpoint if there is one."""
+        self.say("Initializing online networks...")
+        self.learner = Byol(self.config, self.device, self.total_steps, self.loop_size)
+        h, z = self.learner.f_online.features, self.learner.g_online.features
+        self.say("Shape of h: (256, %d)\nShape of z: (256, %d)\nShape of p: (256, %d)" % (h, z, self.learner.q_online.features))
+        self.say("Initializing target networks...\nShape of h: (256, %d)\nShape of z: (256, %d)" % (h, z))
+        self.say("The encoders have %d trainable parameters each." % models.count_parameters(self.learner.f_online))
+        self.say("Using Adam optimizer with learning rate %s."
+                 % schedules.scaled_learning_rate(self.config.learning_rate, self.config.batch_size))
+        state = dict(self.learner.state(), history=self.history)
+        folder = self.path("checkpoints")
+        os.makedirs(folder, exist_ok=True)
+        self.checkpoints = checkpoints.Checkpoints(folder, state, self.config.keep_checkpoint_max)
+        restored = self.checkpoints.restore()
+        self.learner.broadcast()
+        if restored:
+            self.say("Resuming from step %d of %d (%s)." % (self.step, self.total_steps, restored))
+
+    @property
+    def step(self) -> int:
+        return int(self.learner.step.numpy())
+
+    def train(self) -> None:
+        """All steps from where the run stands to its end, a signal, or a failure."""
+        self._evaluate_knn(self.step, before_training=True)
+        first, rows = self.device.rows(self.config.batch_size)
+        with self.device.host():
+            batches = datasets.pretraining_batches(self.data.train_images, self.config.batch_size, self.config.seed, self.step,
+                                                   self.last_step, first, rows)
+            iterator = self.device.iterate(batches)
+        step = saved = self.step
+        since, since_step, seconds_a_step = time.time(), step, None
+        while step < self.last_step and not self.signals:
+            n = self._steps_to_take(step, seconds_a_step)
+            self.device.set_loop_size(n)
+            began = time.time()
+            self.learner.train_loop(iterator, tf.constant(n))
+            recent = self.learner.recent.numpy()[:, -n:]
+            step += n
+            if seconds_a_step is None:
+                seconds_a_step = 0.0  # this call traced the loop as well: no measure
+            else:
+                seconds_a_step = (time.time() - began) / n
+            self.history.losses += [float(loss) for loss in recent[0]]
+            batch = (step - 1) % self.steps_per_epoch + 1
+            if batch % self.config.log_every == 0:
+                self._log(step, recent, (time.time() - since) / (step - since_step), time.time() - since)
+                since, since_step = time.time(), step
+            if batch == self.steps_per_epoch:
+                self._check_finite(step)
+                self._end_epoch(step)
+            if batch == self.steps_per_epoch or step % self.config.save_checkpoints_steps == 0:
+                self._save(step)
+                saved = step
+                since, since_step = time.time(), step
+        if saved != step:
+            self._check_finite(step)
+            self._save(step)
+
+    def _steps_to_take(self, step: int, seconds_a_step: Optional[float]) -> int:
+        """How many steps the next call of the loop takes: up to the next log line, checkpoint or end, whichever is first."""
+        batch = step % self.steps_per_epoch
+        n = min(self.loop_size, self.config.log_every - batch % self.config.log_every, self.steps_per_epoch - batch,
+                self.config.save_checkpoints_steps - step % self.config.save_checkpoints_steps, self.last_step - step)
+        if self.device.kind == "npu":
+            return n
+        if not seconds_a_step:
+            return 1
+        return max(1, min(n, int(SECONDS_A_CALL / seconds_a_step)))
+
+    def _log(self, step: int, recent: Any, seconds_a_step: float, seconds: float) -> None:
+        """The known line, and after it what else is worth knowing."""
+        self._check_finite(step)
+        loss, spread = float(recent[0, -1]), float(recent[1, -1])
+        epoch, batch = (step - 1) // self.steps_per_epoch + 1, (step - 1) % self.steps_per_epoch + 1
+        images_a_second = self.config.batch_size / seconds_a_step
+        left = int((self.last_step - step) * seconds_a_step)
+        self.say("[Epoch %d/%d Batch %d/%d] Loss=%.5f. Time=%.2f, %.1f images/s, spread %.4f, %d:%02d:%02d left"
+                 % (epoch, self.config.num_epochs, batch, self.steps_per_epoch, loss, seconds, images_a_second, spread,
+                    left // 3600, left // 60 % 60, left % 60))
+        self.history.log.append({"step": step, "loss": loss, "spread": spread, "images_per_second": images_a_second,
+                                 "learning_rate": float(self.learner.learning_rate()), "time": time.time()})
+        even = self.learner.g_online.features ** -0.5
+        if spread < COLLAPSED * even:
+            logging.warning("The projections have all but collapsed: their spread is %.5f at step %d, where %.4f is even spread and 0 "
+                            "is collapse. A lower --learning_rate or a higher --target_momentum may help.", spread, step, even)
+
+    def _check_finite(self, step: int) -> None:
+        """UserError if a loss since the last look is not a finite number; nothing of it has been saved then."""
+        for offset, loss in enumerate(self.history.losses[-self.steps_per_epoch:][::-1]):
+            if loss != loss or abs(loss) == float("inf"):
+                raise UserError("The loss of step %d is %s, so the run stops; its last good checkpoint is kept in %s. Try a lower "
+                                "--learning_rate, or --precision_mode must_keep_origin_dtype."
+                                % (step - offset, loss, self.path("checkpoints")))
+
+    def _end_epoch(self, step: int) -> None:
+        epoch = step // self.steps_per_epoch
+        if epoch % self.config.save_every == 0 or step == self.total_steps:
+            if self.device.is_chief:
+                checkpoints.save_weights(self.learner.f_online, self.path("f_online_%d.h5" % epoch))
+            self.say("Weights of f saved.")
+        self._evaluate_knn(step, at_end=step == self.last_step)
+
+    def _evaluate_knn(self, step: int, before_training: bool = False, at_end: bool = False) -> None:
+        """Classify the test images by the features of their nearest training images."""
+        epoch = step // self.steps_per_epoch
+        due = self.knn_every and epoch % self.knn_every == 0 and (step == 0 or not before_training)
+        if self.data.train_labels is None or not len(self.data.test_images) or not (due or at_end):
+            return
+        accuracy = evaluation.knn_of_encoder(self.learner.f_online, self.data)
+        self.history.knn.append({"epoch": epoch, "step": step, "accuracy": accuracy})
+        self.say("[Epoch %d/%d] k-NN accuracy=%.4f" % (epoch, self.config.num_epochs, accuracy))
+
+    def _save(self, step: int) -> None:
+        """Checkpoint, losses and figures, as of this step."""
+        if not self.device.is_chief:
+            return
+        self.checkpoints.save(step)
+        commands.write_atomically(self.path("losses.txt"), "".join("%.9g\n" % loss for loss in self.history.losses))
+        commands.write_json(self.path("metrics.json"), {"log": self.history.log, "knn": self.history.knn})
+
+
+def main() -> None:
+    config = commands.from_flags(Config)
+    config = _consistent(config)
+    logging.set_verbosity(logging.INFO if config.verbose else logging.WARNING)
+    started = time.time()
+    commands.make_folder(config.output_dir)
+    with commands.only_run_in(config.output_dir):
+        device = npu_config.open_device(config)
+        device.set_seed(config.seed)
+        data = datasets.load(config.dataset, config.data_dir, image_size=config.image_size,
+                             test_fraction=config.test_fraction, seed=config.seed)
+        run = Run(config, device, data)
+        if device.is_chief:
+            free = FREE | ({"num_epochs"} if config.lr_schedule == "constant" else set())
+            settings = dict(dataclasses.asdict(config), train_images=len(data.train_images))
+            checkpoints.claim_folder(config.output_dir, settings, free, config.resume, config.overwrite)
+        run.start()
+        with commands.signals() as run.signals:
+            run.train()
+        if device.is_chief:
+            log = run.history.log
+            commands.write_result(os.path.join(config.output_dir, "result.json"), {
+                "steps": run.step, "loss": run.history.losses[-1], "spread": log[-1]["spread"] if log else None,
+                "knn": run.history.knn[-1]["accuracy"] if run.history.knn else None,
+                "seconds": time.time() - started, "device": device.describe(), "config": dataclasses.asdict(config)})
+    if run.signals:
+        run.say("Stopped by %s at step %d; the same command goes on from there."
+                % (signal.Signals(run.signals[0]).name, run.step))
+        sys.exit(128 + run.signals[0])
+
+
+def _consistent(config: Config) -> Config:
+    """The settings with those filled in that follow from others; UserError if some contradict others."""
+    loop_size = config.iterations_per_loop or config.log_every
+    if config.log_every % loop_size:
+        raise UserError("--log_every %d is not a multiple of --iterations_per_loop %d." % (config.log_every, loop_size))
+    steps = config.save_checkpoints_steps
+    if steps % loop_size:
+        if config.iterations_per_loop or commands.was_set("save_checkpoints_steps"):
+            raise UserError("--save_checkpoints_steps %d is not a multiple of %d, the steps of a loop (--iterations_per_loop, by "
+                            "default --log_every)." % (steps, loop_size))
+        config = dataclasses.replace(config, save_checkpoints_steps=steps + loop_size - steps % loop_size)
+    if config.overwrite and config.resume:
+        raise UserError("--overwrite goes with --noresume.")
+    return config
+
+
+if __name__ == "__main__":
+    commands.define_flags(Config)
+    commands.run(main)

@@ -1,0 +1,410 @@
+"""Views against tf.image, image by image; the drawn parameters against the distributions that the reference has."""
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import augmentation
+
+MANY = 200000
+
+# What seed (1, 2) draws for a batch of four, seen on TensorFlow 2.6.5 and 2.21.
+GOLDEN_CROPS = [[1, 0, 3, 10], [2, 3, 4, 15], [28, 20, 29, 13], [21, 21, 23, 9], [False, True, True, False]]
+GOLDEN_COLORS = [[-0.1879836, -0.2400019, 0.2856614, 0.3006409], [0.6008512, 0.6504046, 1.1946051, 0.9496482],
+                 [1.1707597, 0.9911535, 0.8351221, 0.6518736], [0.0534992, -0.028297, 0.0562965, -0.0305476],
+                 [0, 1, 1, 0], [0, 0, 1, 0]]
+
+
+def random_images(count, height=32, width=32, seed=0):
+    """(count, height, width, 3) uint8: noise, so that a pixel taken from the wrong place can't go unnoticed."""
+    return np.random.RandomState(seed).randint(0, 256, (count, height, width, 3)).astype(np.uint8)
+
+
+def colorful_images(count, size=16, seed=0):
+    """(count, size, size, 3) float32: smooth and noisy, dark, pale, grey, with exact 0 and 1, primary colours and ties."""
+    random = np.random.RandomState(seed)
+    images = random.rand(count, size, size, 3) ** random.choice([0.2, 1, 5], (count, 1, 1, 3))
+    images[:, 0] = random.randint(0, 2, (count, size, 3))  # black, white, primary and secondary colours
+    images[:, 1] = images[:, 1, :, :1]  # grey
+    images[:, 2, :, 1] = images[:, 2, :, 0]  # red and green tie
+    images[:, 3, :, 2] = images[:, 3, :, 1]  # green and blue tie
+    images[:, 4, :, 2] = images[:, 4, :, 0]  # blue and red tie
+    images[:, 5] = np.round(images[:, 5] * 3) / 3  # few levels
+    return images.astype(np.float32)
+
+
+def crop_one_by_one(images, crops):
+    """What crop_flip_resize must give: each image cropped, flipped and resized by tf.image."""
+    views = []
+    for image, top, left, height, width, flip in zip(images, *(np.asarray(x) for x in crops)):
+        image = tf.image.convert_image_dtype(image, tf.float32)
+        view = tf.image.crop_to_bounding_box(image, int(top), int(left), int(height), int(width))
+        view = tf.image.flip_left_right(view) if flip else view
+        views.append(tf.image.resize(view, image.shape[:2], method="bilinear", antialias=False))
+    return np.stack(views)
+
+
+def distort_one_by_one(images, brightness, contrast, saturation, hue):
+    """What distort_colors must give: tf.image's adjustments of each image, in order.
+
+    adjust_saturation takes a hue that rounds up to a full turn for no colour at all (see test_slip_of_tf_image). Rounding
+    within adjust_contrast leads there from green = blue, so where they are all but equal they are made equal in between.
+    """
+    views = []
+    for image, *amounts in zip(images, *(np.asarray(x) for x in (brightness, contrast, saturation, hue))):
+        image = tf.image.adjust_brightness(image, amounts[0])
+        red, green, blue = np.moveaxis(tf.image.adjust_contrast(image, amounts[1]).numpy(), -1, 0)
+        slip = (red >= blue) & (blue > green) & (blue - green < 1e-6 * (red - green))
+        image = np.stack([red, np.where(slip, blue, green), blue], -1)
+        image = tf.image.adjust_saturation(image, amounts[2])
+        image = tf.image.adjust_hue(image, amounts[3])
+        views.append(tf.clip_by_value(image, 0., 1.))
+    return np.stack(views)
+
+
+def assert_close(actual, expected, tolerance):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype == np.float32
+    assert np.abs(actual - expected).max() <= tolerance  # a NaN fails, too
+
+
+def extreme_crops(height, width, sides):
+    """Every pair of sides in every corner and in the middle, flipped and not."""
+    rows = [(top, left, h, w, flip) for h, w in sides
+            for top, left in [(0, 0), (0, width - w), (height - h, 0), (height - h, width - w),
+                              ((height - h) // 2, (width - w) // 2)] for flip in (False, True)]
+    return augmentation.Crops(*(np.array(column) for column in zip(*rows)))
+
+
+# The crop.
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32"])
+def test_drawn_crops_equal_tf_image(kind):
+    images = random_images(256)
+    images = images if kind == "uint8" else images.astype(np.float32) / np.float32(255)
+    crops = augmentation.sample_crops(256, (3, 5))
+    assert_close(augmentation.crop_flip_resize(images, *crops), crop_one_by_one(images, crops), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32"])
+def test_extreme_crops_equal_tf_image(kind):
+    sides = [(13, 8), (8, 13), (13, 12), (32, 21), (21, 32), (32, 31), (32, 32), (1, 1), (1, 32), (32, 1), (2, 3)]
+    crops = extreme_crops(32, 32, sides)
+    images = random_images(len(crops.top))
+    images = images if kind == "uint8" else np.random.RandomState(1).rand(*images.shape).astype(np.float32)
+    assert_close(augmentation.crop_flip_resize(images, *crops), crop_one_by_one(images, crops), 1e-5)
+
+
+@pytest.mark.parametrize("size", [8, 33, 48, 64])
+def test_crops_of_other_sizes_equal_tf_image(size):
+    images = random_images(24, size, size)
+    crops = augmentation.sample_crops(24, (0, size), size)
+    assert_close(augmentation.crop_flip_resize(images, *crops), crop_one_by_one(images, crops), 1e-5)
+
+
+def test_crops_of_images_that_are_not_square_equal_tf_image():
+    crops = extreme_crops(24, 40, [(24, 40), (10, 17), (17, 10), (24, 1)])
+    images = random_images(len(crops.top), 24, 40)
+    assert_close(augmentation.crop_flip_resize(images, *crops), crop_one_by_one(images, crops), 1e-5)
+
+
+def test_whole_image_unflipped_is_the_image():
+    images = random_images(8)
+    nothing, whole = np.zeros(8, int), np.full(8, 32)
+    assert_close(augmentation.crop_flip_resize(images, nothing, nothing, whole, whole, nothing > 0),
+                 images.astype(np.float32) / np.float32(255), 1e-6)
+    assert_close(augmentation.crop_flip_resize(images, nothing, nothing, whole, whole, nothing == 0),
+                 images[:, :, ::-1].astype(np.float32) / np.float32(255), 1e-6)
+
+
+def test_bytes_and_floats_give_the_same_view():
+    images = random_images(32)
+    crops = augmentation.sample_crops(32, (1, 1))
+    assert_close(augmentation.crop_flip_resize(images, *crops),
+                 augmentation.crop_flip_resize(images / np.float64(255), *crops), 1e-6)
+
+
+# The colours.
+
+
+def test_drawn_distortions_equal_tf_image():
+    images = colorful_images(256)
+    colors = augmentation.sample_colors(256, (3, 5))[:4]
+    assert_close(augmentation.distort_colors(images, *colors), distort_one_by_one(images, *colors), 1e-5)
+
+
+@pytest.mark.parametrize("brightness", [-1.2, -0.4, 0, 0.4, 1.5])
+def test_extreme_distortions_equal_tf_image(brightness):
+    """Brightness beyond what is drawn pushes pixels partly or wholly below 0 or above 1 before the later steps see them."""
+    grid = np.array(np.meshgrid([0, 0.6, 1, 1.4, 3], [0, 0.6, 1, 1.4, 10], [-1, -0.5, -0.1, 0, 0.1, 1 / 6, 0.5, 0.9, 1]))
+    contrast, saturation, hue = grid.reshape(3, -1).astype(np.float32)
+    images = colorful_images(len(hue), 8, seed=2)
+    colors = np.full_like(hue, brightness), contrast, saturation, hue
+    assert_close(augmentation.distort_colors(images, *colors), distort_one_by_one(images, *colors), 1e-4)
+
+
+def test_saturation_of_values_out_of_range_equals_tf_image():
+    """No clip lies between the steps, so values below 0 and above 1 reach saturation and hue: all kinds of them here."""
+    levels = [-0.7, -0.2, -1e-3, 0, 1e-3, 0.3, 0.5, 1, 1.001, 1.6]
+    pixels = np.array(np.meshgrid(levels, levels, levels), np.float32).reshape(3, -1).T.reshape(1, 40, 25, 3)
+    one = np.ones(1, np.float32)
+    for saturation in (-0.5, 0, 0.6, 1, 1.4, 20):
+        for hue in (-0.4, -0.1, 0, 0.1, 0.7):
+            colors = one * 0, one, one * saturation, one * np.float32(hue)
+            assert_close(augmentation.distort_colors(pixels, *colors), distort_one_by_one(pixels, *colors), 1e-5)
+
+
+def test_slip_of_tf_image():
+    """The one difference from tf.image: a red with a trace more blue than green stays red."""
+    pixel = np.array([1, 0.5, 0.50000006], np.float32).reshape(1, 1, 1, 3)
+    assert np.allclose(tf.image.adjust_saturation(pixel, 0.6), [0.7, 0.7, 0.7], atol=1e-6)
+    assert np.allclose(augmentation.distort_colors(pixel, [0.], [1.], [0.6], [0.]), [1, 0.7, 0.7], atol=1e-6)
+
+
+def test_ties_of_channels_and_grey_of_any_brightness_equal_tf_image():
+    """Where two channels are equal or one bit apart, the compiled code must not lose the largest of them."""
+    base = np.linspace(0.01, 1, 300, dtype=np.float32)
+    low = base * np.float32(0.3)
+    pixels = np.stack([np.stack(p, -1) for p in [
+        (base, base, low), (base, low, base), (low, base, base), (base, low, low), (low, base, low), (low, low, base),
+        (base, np.nextafter(base, np.float32(2)), low), (low, base, np.nextafter(base, np.float32(2))),
+        (np.nextafter(base, np.float32(2)), low, base), (base, base, base)]])[:, None]  # (10, 1, 300, 3)
+    count = len(pixels)
+    for contrast, hue in [(1, 0.03), (1, -0.1), (1.4, 0.1), (0.61, -0.07)]:
+        colors = [np.full(count, x, np.float32) for x in (0.1, contrast, 1.2, hue)]
+        assert_close(augmentation.distort_colors(pixels, *colors), distort_one_by_one(pixels, *colors), 1e-5)
+
+
+def test_neutral_distortion_is_the_image():
+    images = colorful_images(16)
+    nothing, one = np.zeros(16), np.ones(16)
+    assert_close(augmentation.distort_colors(images, nothing, one, one, nothing), images, 1e-6)
+
+
+# The draws.
+
+
+@pytest.fixture(scope="module")
+def crops():
+    return augmentation.Crops(*(x.numpy() for x in augmentation.sample_crops(MANY, (11, 7))))
+
+
+@pytest.fixture(scope="module")
+def colors():
+    return augmentation.Colors(*(x.numpy() for x in augmentation.sample_colors(MANY, (11, 7))))
+
+
+def assert_counts(values, low, expected):
+    """Integers from `low` on must occur with the `expected` probabilities, and no others: a chi-squared test, at 6 sigma."""
+    assert values.min() >= low and values.max() < low + len(expected)
+    expected = len(values) * np.asarray(expected) / np.sum(expected)
+    counts = np.bincount(values - low, minlength=len(expected))
+    assert np.all(counts[expected > 50] > 0) and np.all(counts[expected == 0] == 0)
+    chi_squared = np.sum((counts - expected)[expected > 0] ** 2 / expected[expected > 0])
+    freedom = np.sum(expected > 0) - 1
+    assert chi_squared < freedom + 6 * np.sqrt(2 * freedom) + 6
+
+
+def assert_rate(happened, probability):
+    assert abs(np.mean(happened) - probability) < 5 * np.sqrt(probability * (1 - probability) / len(happened))
+
+
+def assert_uniform(values, low, high):
+    """Within [low, high], and in each of 50 equal parts equally often."""
+    assert values.dtype == np.float32 and low - 1e-6 <= values.min() and values.max() <= high + 1e-6
+    parts = np.minimum((values.astype(np.float64) - low) / (high - low) * 50, 49.999)
+    assert_counts(np.maximum(parts, 0).astype(int), 0, np.ones(50))
+
+
+def test_crop_sides_have_the_distribution(crops):
+    longer, shorter = np.maximum(crops.height, crops.width), np.minimum(crops.height, crops.width)
+    assert_counts(longer, 13, np.ones(20))  # 13 and 32 both occur, 33 never
+    for length in range(13, 33):  # shorter = floor(longer * u), u uniform in [0.67, 1)
+        edges = np.clip(np.arange(length + 1) / length, 0.67, 1)
+        assert_counts(shorter[longer == length], 0, np.diff(edges))
+    assert shorter.min() == 8 and np.all(shorter < longer)
+    assert_rate(crops.height < crops.width, 0.5)
+
+
+def test_crop_places_have_the_distribution(crops):
+    for start, length in ((crops.top, crops.height), (crops.left, crops.width)):
+        for side in range(8, 33):
+            chosen = start[length == side]
+            assert_counts(chosen, 0, np.ones(32 - side + 1))
+    assert np.all(crops.top + crops.height <= 32) and np.all(crops.left + crops.width <= 32)
+
+
+def test_rates_of_flip_distort_and_grey(crops, colors):
+    assert_rate(crops.flip, 0.25)
+    assert_rate(colors.distort, 0.8)
+    assert_rate(colors.grey, 0.2)
+
+
+def test_colors_have_the_distribution(colors):
+    assert_uniform(colors.brightness, -0.4, 0.4)
+    assert_uniform(colors.contrast, 0.6, 1.4)
+    assert_uniform(colors.saturation, 0.6, 1.4)
+    assert_uniform(colors.hue, -0.1, 0.1)
+
+
+def test_no_parameter_depends_on_another(crops, colors):
+    """No two are correlated; two parameters on one random stream would be one and the same number."""
+    longer, shorter = np.maximum(crops.height, crops.width), np.minimum(crops.height, crops.width)
+    columns = [longer, (shorter + 0.5) / longer, crops.height < crops.width, crops.flip,
+               (crops.top + 0.5) / (33 - crops.height), (crops.left + 0.5) / (33 - crops.width)] + list(colors)
+    correlation = np.corrcoef(np.asarray(columns, np.float64))
+    assert np.abs(correlation - np.eye(12)).max() < 6 / np.sqrt(MANY)
+
+
+@pytest.mark.parametrize("size, smallest", [(8, 3), (48, 20), (64, 26), (224, 91)])
+def test_crop_sides_in_proportion_for_other_sizes(size, smallest):
+    drawn = [x.numpy() for x in augmentation.sample_crops(50000, (2, size), size)]
+    top, left, height, width, _ = drawn
+    assert_counts(np.maximum(height, width), smallest, np.ones(size - smallest + 1))
+    assert int(0.67 * smallest) <= np.minimum(height, width).min() <= 0.67 * smallest + 1
+    assert top.min() == left.min() == 0 and (top + height).max() == (left + width).max() == size
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_crops_of_tiny_images_fit(size):
+    top, left, height, width, _ = (x.numpy() for x in augmentation.sample_crops(1000, (2, 2), size))
+    assert min(height.min(), width.min()) == 1 and min(top.min(), left.min()) == 0
+    assert (top + height).max() <= size and (left + width).max() <= size
+
+
+def test_dtypes_and_names_of_the_draws():
+    crops, colors = augmentation.sample_crops(3, (0, 0)), augmentation.sample_colors(3, (0, 0))
+    assert crops._fields == ("top", "left", "height", "width", "flip")
+    assert colors._fields == ("brightness", "contrast", "saturation", "hue", "distort", "grey")
+    assert [x.dtype for x in crops] == [tf.int32] * 4 + [tf.bool]
+    assert [x.dtype for x in colors] == [tf.float32] * 4 + [tf.bool] * 2
+    assert all(x.shape == (3,) for x in crops + colors)
+
+
+def test_a_seed_means_the_same_on_every_tensorflow():
+    crops, colors = augmentation.sample_crops(4, (1, 2)), augmentation.sample_colors(4, (1, 2))
+    assert [x.numpy().tolist() for x in crops] == GOLDEN_CROPS
+    assert np.allclose([x.numpy() for x in colors], GOLDEN_COLORS, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", [[1, 2], np.array([1, 2]), tf.constant([1, 2]), tf.constant([1, 2], tf.int64),
+                                  (1, tf.constant(2)), (tf.constant(1, tf.int64), 2)])
+def test_every_way_to_write_a_seed(seed):
+    for sample in (augmentation.sample_crops, augmentation.sample_colors):
+        for actual, expected in zip(sample(50, seed), sample(50, (1, 2))):
+            assert np.array_equal(actual, expected)
+
+
+def test_each_half_of_a_seed_matters():
+    seeds = [(0, 0), (0, 1), (1, 0), (1, 1), (-1, 0), (2 ** 32, 0), (0, 2 ** 40)]
+    drawn = {tuple(np.asarray(augmentation.sample_colors(8, seed).hue)) for seed in seeds}
+    assert len(drawn) == len(seeds)
+
+
+# The views.
+
+
+def test_pretraining_view_is_the_draws_applied_by_tf_image():
+    images = random_images(160, seed=3)
+    crops, colors = augmentation.sample_crops(160, (4, 2)), augmentation.sample_colors(160, (4, 2))
+    expected = crop_one_by_one(images, crops)
+    distorted = distort_one_by_one(expected, *colors[:4])
+    expected = np.where(colors.distort.numpy()[:, None, None, None], distorted, expected)
+    luma = expected @ np.array([0.2989, 0.5870, 0.1140], np.float32)
+    expected = np.where(colors.grey.numpy()[:, None, None, None], luma[..., None], expected)
+    assert_close(augmentation.augment_images_pretraining(images, (4, 2)), expected, 1e-4)
+    kinds = set(zip(colors.distort.numpy(), colors.grey.numpy()))
+    assert len(kinds) == 4  # distorted or not, grey or not: all four were compared
+
+
+def test_finetuning_view_is_the_crop_alone():
+    images = random_images(64, seed=3)
+    expected = crop_one_by_one(images, augmentation.sample_crops(64, (4, 2)))
+    assert_close(augmentation.augment_images_finetuning(images, (4, 2)), expected, 1e-5)
+
+
+@pytest.mark.parametrize("augment", [augmentation.augment_images_pretraining, augmentation.augment_images_finetuning])
+class TestBoth:
+    def test_same_seed_same_bits_other_seed_other_view(self, augment):
+        images = random_images(64)
+        view, again, other = (augment(images, seed).numpy() for seed in ((5, 0), (5, 0), (5, 1)))
+        assert view.tobytes() == again.tobytes()
+        assert np.all(np.abs(view - other).max((1, 2, 3)) > 0.05)  # two views of each image differ
+
+    def test_images_of_a_batch_get_different_parameters(self, augment):
+        images = np.repeat(random_images(1), 64, axis=0)
+        views = augment(images, (5, 0)).numpy().reshape(64, -1)
+        assert len(np.unique(views.round(3), axis=0)) == 64
+
+    @pytest.mark.parametrize("kind", ["uint8", "float16", "float32", "float64"])
+    def test_range_and_dtype(self, augment, kind):
+        images = random_images(32) if kind == "uint8" else (random_images(32) / 255).astype(kind)
+        view = augment(images, (5, 0))
+        assert view.dtype == tf.float32 and view.shape == (32, 32, 32, 3)
+        assert -1e-6 < view.numpy().min() < 0.1 and 0.9 < view.numpy().max() < 1 + 1e-6
+
+    @pytest.mark.parametrize("workers", [2, 3, 4, 12])
+    def test_parts_of_a_batch_equal_the_whole(self, augment, workers):
+        images = random_images(48)
+        rows = 48 // workers
+        parts = [augment(images[first:first + rows], (5, 0), first, 48) for first in range(0, 48, rows)]
+        assert_close(np.concatenate(parts), augment(images, (5, 0)), 1e-6)
+
+    @pytest.mark.parametrize("size", [48, 64])
+    def test_other_sizes(self, augment, size):
+        images = random_images(4, size, size)
+        view = augment(images, (5, 0))
+        assert view.shape == (4, size, size, 3)
+        crop = crop_one_by_one(images, augmentation.sample_crops(4, (5, 0), size))
+        # the colours may be distorted, but a crop of another range would leave other pixels in the finetuning view
+        if augment is augmentation.augment_images_finetuning:
+            assert_close(view, crop, 1e-5)
+
+    def test_inside_tf_data(self, augment):
+        """Compiled inside a pipeline, with the step as half of the seed: static shapes, and the bits of an eager call."""
+        images = random_images(32)
+        dataset = tf.data.Dataset.from_tensor_slices(images).batch(16, drop_remainder=True).enumerate()
+        views = dataset.map(lambda step, x: augment(x, (9, step)), num_parallel_calls=2)
+        assert views.element_spec == tf.TensorSpec((16, 32, 32, 3), tf.float32)
+        seeds = dataset.map(lambda step, x: augment(x, tf.stack([9, step])), num_parallel_calls=2)
+        results = list(zip(views, seeds))
+        assert len(results) == 2
+        for step, (view, same) in enumerate(results):
+            eager = augment(images[16 * step:16 * (step + 1)], (9, step)).numpy()
+            assert view.numpy().tobytes() == same.numpy().tobytes() == eager.tobytes()
+
+    @pytest.mark.parametrize("images, message", [
+        (np.zeros((32, 32, 3), np.uint8), "shape"), (np.zeros((2, 32, 32, 1), np.uint8), "shape"),
+        (np.zeros((2, 3, 32, 32), np.uint8), "shape"), (np.zeros((2, 32, 32, 3), np.int32), "int32"),
+        (np.zeros((2, 32, 24, 3), np.uint8), "square")])
+    def test_wrong_images_are_named(self, augment, images, message):
+        with pytest.raises(ValueError, match=message):
+            augment(images, (0, 0))
+
+    @pytest.mark.parametrize("first, batch_size", [(-1, 8), (5, 8), (0, 3), (1, None)])
+    def test_rows_outside_of_the_batch_are_refused(self, augment, first, batch_size):
+        with pytest.raises(ValueError, match="4 images from row"):
+            augment(random_images(4), (0, 0), first, batch_size)
+
+    @pytest.mark.parametrize("seed", [(1,), (1, 2, 3), tf.constant(1)])
+    def test_a_seed_that_is_no_pair_is_refused(self, augment, seed):
+        with pytest.raises(ValueError, match="pair"):
+            augment(random_images(4), seed)
+
+    def test_a_batch_of_unknown_size_is_refused(self, augment):
+        dataset = tf.data.Dataset.from_tensor_slices(random_images(6)).batch(4)
+        with pytest.raises(ValueError, match="drop_remainder"):
+            dataset.map(lambda x: augment(x, (0, 0)))
+
+
+def test_colors_of_bytes_are_refused():
+    with pytest.raises(ValueError, match="not uint8"):
+        augmentation.distort_colors(random_images(1), [0.], [1.], [1.], [0.])
+
+
+def test_what_is_applied_is_compiled_by_xla():
+    images = tf.constant(random_images(4))
+    drawn = augmentation.sample_crops(4, (0, 0)) + augmentation.sample_colors(4, (0, 0))
+    for function, arguments in [(augmentation._compiled_augment, drawn),
+                                (augmentation._compiled_crop_flip_resize, drawn[:5])]:
+        assert function.get_concrete_function(images, *arguments).function_def.attr["_XlaMustCompile"].b

@@ -1,0 +1,96 @@
+"""The networks' parameters, shapes and the layers that the specification names."""
+import models
+import numpy as np
+import pytest
+import tensorflow as tf
+from models import keras
+
+
+def parameters_by_hand(blocks, width=1.0):
+    """Trainable parameters from the specification alone: convolutions have k*k*in*out + out, BatchNorm 2*out."""
+    def unit(size, inputs, outputs):
+        return size * size * inputs * outputs + outputs + 2 * outputs
+
+    widths = [int(f * width) for f in (64, 128, 256, 512)]
+    total, inputs = unit(3, 3, widths[0]), widths[0]
+    for stage, (count, filters) in enumerate(zip(blocks, widths)):
+        for index in range(count):
+            total += unit(3, inputs, filters) + unit(3, filters, filters)
+            if stage and not index:
+                total += unit(1, inputs, filters)
+            inputs = filters
+    return total
+
+
+@pytest.mark.parametrize("make, blocks, expected", [
+    (models.ResNet18, (2, 2, 2, 2), 11173632), (models.ResNet34, (3, 4, 6, 3), 21285504)])
+def test_parameter_counts(make, blocks, expected):
+    assert models.count_parameters(make()) == expected == parameters_by_hand(blocks)
+
+
+def test_width_multiplier_makes_the_encoder_about_sixteen_times_smaller():
+    narrow = models.ResNet18(width_multiplier=0.25)
+    assert models.count_parameters(narrow) == parameters_by_hand((2, 2, 2, 2), 0.25)
+    assert narrow(tf.zeros((2, 32, 32, 3))).shape == (2, 128)
+
+
+def test_a_width_without_filters_is_refused():
+    with pytest.raises(ValueError, match="width_multiplier"):
+        models.ResNet18(width_multiplier=0.01)
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_feature_shapes(size):
+    assert models.ResNet18(0.125)(tf.zeros((3, size, size, 3)), training=True).shape == (3, 64)
+
+
+def test_heads():
+    g = models.ProjectionHead()
+    assert g(tf.zeros((4, 512))).shape == (4, 128)
+    assert models.count_parameters(g) == 512 * 256 + 256 + 2 * 256 + 256 * 128 + 128
+    c = models.ClassificationHead()
+    assert c(tf.zeros((4, 512))).shape == (4, 10) and models.count_parameters(c) == 5130
+
+
+def test_keras_defaults():
+    encoder = models.ResNet18(0.25)
+    convolutions = [layer for layer in encoder._flatten_layers() if isinstance(layer, keras.layers.Conv2D)]
+    norms = [layer for layer in encoder._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+    assert len(convolutions) == len(norms) == 20
+    assert all(norm.momentum == 0.99 and norm.epsilon == 1e-3 for norm in norms)
+    for layer in convolutions:
+        fans = np.prod(layer.kernel.shape[:2]) * sum(layer.kernel.shape[2:])
+        limit = np.sqrt(6 / fans)  # Glorot uniform
+        largest = np.abs(layer.kernel.numpy()).max()
+        assert 0.8 * limit < largest <= limit and not layer.bias.numpy().any() and layer.padding == "same"
+
+
+def reference_forward(encoder, x):
+    """The encoder from the specification's sentences with tf.nn alone, reading weights in order; inference mode."""
+    weights = iter({w.name.split("/", 1)[1]: w for w in encoder.weights}.items())
+    named = dict(weights)
+
+    def conv_bn(x, conv, norm, stride=1):
+        x = tf.nn.conv2d(x, named[conv + "/kernel:0"], stride, "SAME") + named[conv + "/bias:0"]
+        return tf.nn.batch_normalization(x, named[norm + "/moving_mean:0"], named[norm + "/moving_variance:0"],
+                                         named[norm + "/beta:0"], named[norm + "/gamma:0"], 1e-3)
+
+    x = tf.nn.relu(conv_bn(x, "stem_conv", "stem_norm"))
+    for stage in range(1, 5):
+        for block in (1, 2):
+            scope = "stage%d_block%d/" % (stage, block)
+            stride = 2 if stage > 1 and block == 1 else 1
+            y = tf.nn.relu(conv_bn(x, scope + "conv1", scope + "norm1", stride))
+            y = conv_bn(y, scope + "conv2", scope + "norm2")
+            if stride == 2:
+                x = conv_bn(x, scope + "shortcut_conv", scope + "shortcut_norm", 2)
+            x = tf.nn.relu(x + y)
+    return tf.reduce_mean(x, [1, 2])
+
+
+def test_the_encoder_computes_what_the_specification_says():
+    encoder = models.ResNet18(0.25)
+    for weight in encoder.weights:  # biases and statistics other than their initial 0 and 1
+        weight.assign(weight + tf.random.stateless_uniform(weight.shape, [1, 2], 0, 0.1))
+    x = tf.random.stateless_uniform((4, 32, 32, 3), [3, 4])
+    np.testing.assert_allclose(encoder(x), reference_forward(encoder, x), rtol=1e-4, atol=1e-4)

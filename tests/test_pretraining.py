@@ -1,0 +1,84 @@
+"""The main command as a user runs it: what it prints, what it leaves, and how it answers bad input."""
+import json
+import re
+
+import pytest
+from command import pretrain, run
+
+LINE = re.compile(r"^\[Epoch (\d+)/(\d+) Batch (\d+)/(\d+)\] Loss=(\d\.\d{5})\. Time=\d")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two epochs of 78 batches, ended at step 100."""
+    folder = tmp_path_factory.mktemp("run")
+    status, out, error = pretrain(folder, "--num_epochs=2", "--max_steps=100", "--save_every=1", "--log_every=20")
+    assert status == 0, error
+    return folder, out, error
+
+
+def test_it_prints_what_scripts_parse(finished):
+    _, out, _ = finished
+    lines = out.splitlines()
+    expected = ["Initializing online networks...", "Shape of h: (256, 32)", "Shape of z: (256, 128)", "Shape of p: (256, 128)",
+                "Initializing target networks...", "Shape of h: (256, 32)", "Shape of z: (256, 128)"]
+    start = lines.index(expected[0])
+    assert lines[start:start + 7] == expected
+    assert re.match(r"The encoders have \d+ trainable parameters each\.$", lines[start + 7])
+    assert lines[start + 8] == "Using Adam optimizer with learning rate 0.000125."
+    found = [LINE.match(line).groups()[:4] for line in lines if LINE.match(line)]
+    assert found == [(str(e), "2", str(b), "78") for e, b in ((1, 20), (1, 40), (1, 60), (2, 20))]
+    assert lines.count("Weights of f saved.") == 1
+
+
+def test_it_leaves_losses_settings_weights_and_figures(finished):
+    folder, out, _ = finished
+    losses = [float(line) for line in (folder / "losses.txt").read_text().splitlines()]
+    assert len(losses) == 100 and all(0 < loss < 4 for loss in losses)
+    printed = [float(LINE.match(line).group(5)) for line in out.splitlines() if LINE.match(line)]
+    assert printed == pytest.approx([losses[i] for i in (19, 39, 59, 97)], abs=1e-5)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["batch_size"] == 64 and config["lr_schedule"] == "cosine" and config["weight_decay"] == 1e-4
+    result = json.loads((folder / "result.json").read_text())
+    assert result["steps"] == 100 and result["loss"] == pytest.approx(losses[-1]) and "tensorflow" in result["versions"]
+    assert (folder / "f_online_1.h5").stat().st_size > 10000
+    assert not [name for name in folder.iterdir() if name.name.startswith(".tmp")]
+
+
+def test_nothing_but_warnings_reaches_stderr(finished):
+    _, _, error = finished
+    assert "Traceback" not in error and "oneDNN" not in error and "cuda" not in error.lower()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--encoder=vgg"], ["encoder", "vgg", "resnet18"]),
+    (["--dataset=mnist"], ["dataset", "mnist", "cifar10"]),
+    (["--batch_size=0"], ["batch_size", "0"]),
+    (["--batch_size=-3"], ["batch_size", "-3"]),
+    (["--batch_size=100000"], ["100000", "5000"]),
+    (["--num_epochs=0"], ["num_epochs", "0"]),
+    (["--learning_rate=nan"], ["learning_rate", "nan"]),
+    (["--encodr=resnet18"], ["encodr", "encoder"]),
+    (["resnet18"], ["resnet18", "--help"]),
+    (["--log_every=10", "--iterations_per_loop=3"], ["log_every", "iterations_per_loop"]),
+    (["--iterations_per_loop=10", "--save_checkpoints_steps=25"], ["save_checkpoints_steps", "25"]),
+    (["--dataset=cifar10", "--data_dir=/nowhere"], ["/nowhere"]),
+    (["--output_dir=/dev/null/x"], ["/dev/null"]),
+    (["--width_multiplier=0.001"], ["width_multiplier"]),
+    (["--precision_mode=force_fp16"], ["force_fp16"]),
+    (["--device=npu"], ["npu_device", "2.6.5", "set_env.sh"]),
+    (["--loss_scale=big"], ["loss_scale", "big"]),
+])
+def test_bad_input_is_one_clear_line(tmp_path, flags, words):
+    status, out, error = pretrain(tmp_path / "out", *flags)
+    assert status not in (0, None)
+    lines = [line for line in error.splitlines() if line.strip()]
+    assert len(lines) == 1 and "Traceback" not in error, error
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_help_names_every_flag_with_its_origin():
+    status, out, _ = run("pretraining.py", "--help")
+    assert "python pretraining.py --encoder resnet18 --num_epochs 200 --batch_size 512" in out
+    for name in ("encoder", "target_momentum", "max_steps", "data_path", "model_dir", "log_step_count_steps", "precision_mode"):
+        assert re.search(r"--(\[no\])?%s\b" % name, out), name

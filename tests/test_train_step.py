@@ -1,0 +1,116 @@
+"""One train step against a plain eager recomputation, in which Adam, the decay and the moving average are NumPy."""
+import npu_config
+import numpy as np
+import pretraining
+import pytest
+import tensorflow as tf
+
+
+def make_learner(**settings):
+    config = pretraining.Config(device="cpu", width_multiplier=1 / 16, batch_size=8, weight_decay=0.1, **settings)
+    device = npu_config.open_device(config)
+    device.set_seed(1)
+    return pretraining.Byol(config, device, total_steps=10, loop_size=4)
+
+
+def views(count, batch=8):
+    x = tf.random.stateless_uniform((count, 2, batch, 32, 32, 3), [1, 2])
+    return tf.data.Dataset.from_tensor_slices((x[:, 0], x[:, 1])).prefetch(1), x.numpy()
+
+
+def normalised(x):
+    return x / tf.norm(x, axis=1, keepdims=True)
+
+
+class Recomputation:
+    """What the specification says a step does, on copies of a learner's networks, in eager mode."""
+
+    def __init__(self, source, twin):
+        self.networks = {name: getattr(twin, name) for name in ("f_online", "g_online", "q_online", "f_target", "g_target")}
+        for name, network in self.networks.items():
+            network.set_weights(getattr(source, name).get_weights())
+        self.online = [w for name in ("f_online", "g_online", "q_online") for w in self.networks[name].trainable_weights]
+        self.moments = [[np.zeros(w.shape), np.zeros(w.shape)] for w in self.online]
+
+    def step(self, t, x1, x2, rate, decay):
+        f, g, q, f_, g_ = (self.networks[name] for name in ("f_online", "g_online", "q_online", "f_target", "g_target"))
+        z1, z2 = g_(f_(x1, training=True), training=True), g_(f_(x2, training=True), training=True)
+        with tf.GradientTape() as tape:
+            p1 = q(g(f(x1, training=True), training=True), training=True)
+            p2 = q(g(f(x2, training=True), training=True), training=True)
+            similarity = tf.reduce_sum(normalised(p1) * normalised(z2), 1), tf.reduce_sum(normalised(p2) * normalised(z1), 1)
+            loss = 2 - tf.reduce_mean(similarity[0]) - tf.reduce_mean(similarity[1])
+        for weight, gradient, moment in zip(self.online, tape.gradient(loss, self.online), self.moments):
+            g64 = gradient.numpy().astype(np.float64)
+            moment[0] = 0.9 * moment[0] + 0.1 * g64
+            moment[1] = 0.999 * moment[1] + 0.001 * g64 ** 2
+            corrected = np.sqrt(1 - 0.999 ** t) / (1 - 0.9 ** t)
+            new = weight.numpy() - rate * corrected * moment[0] / (np.sqrt(moment[1]) + 1e-7)
+            weight.assign(new - (rate * decay * weight.numpy() if weight.shape.rank > 1 else 0))
+        for online, target in ((f, f_), (g, g_)):
+            for source, goal in zip(online.weights, target.weights):
+                goal.assign(0.99 * goal.numpy() + 0.01 * source.numpy())
+        return float(loss)
+
+
+def test_steps_equal_their_recomputation():
+    learner, twin = make_learner(), make_learner()
+    recomputation = Recomputation(learner, twin)
+    dataset, x = views(3)
+    iterator = iter(dataset)
+    for t in (1, 2, 3):
+        rate = 0.5 * (1e-3 * 8 / 512) * (1 + np.cos(np.pi * (t - 1) / 10))
+        expected = recomputation.step(t, x[t - 1, 0], x[t - 1, 1], rate, 0.1)
+        learner.train_loop(iterator, tf.constant(1))
+        assert learner.recent.numpy()[0, -1] == pytest.approx(expected, abs=2e-5)
+    for name, network in recomputation.networks.items():
+        for mine, other in zip(getattr(learner, name).weights, network.weights):
+            # Where a gradient is 0 but for rounding, as a bias before BatchNorm has it, Adam's step is the rate times noise.
+            np.testing.assert_allclose(mine, other, rtol=1e-4, atol=4e-5 if "bias" in mine.name else 2e-6, err_msg=mine.name)
+
+
+def test_target_starts_on_its_own_and_moves_by_the_average_only():
+    learner = make_learner(target_momentum=0.99)
+    assert not np.allclose(learner.f_online.weights[0], learner.f_target.weights[0])
+    kernel = learner.f_target.trainable_weights[0]
+    before = kernel.numpy()
+    dataset, _ = views(1)
+    learner.train_loop(iter(dataset), tf.constant(1))
+    np.testing.assert_allclose(kernel, 0.99 * before + 0.01 * learner.f_online.trainable_weights[0].numpy(), rtol=1e-6, atol=1e-7)
+
+
+def test_one_call_of_the_loop_equals_several_and_traces_once():
+    apart, together = make_learner(), make_learner()
+    dataset, _ = views(4)
+    iterator = iter(dataset)
+    for n in (1, 2, 1):
+        apart.train_loop(iterator, tf.constant(n))
+    together.train_loop(iter(dataset), tf.constant(4))
+    assert int(apart.step) == int(together.step) == 4 == int(apart.optimizer.iterations)
+    np.testing.assert_array_equal(apart.recent, together.recent)
+    for mine, other in zip(apart.variables, together.variables):
+        np.testing.assert_array_equal(mine, other)
+    counts = [f.experimental_get_tracing_count() for f in (apart.train_loop, together.train_loop)]
+    assert counts == [1, 1]
+
+
+def test_adam_counts_one_step_a_step_and_decays_kernels_only():
+    learner = make_learner()
+    for weight in learner.online_weights:
+        weight.assign(tf.ones_like(weight))
+    optimizer = learner.optimizer
+    gradients = [tf.zeros_like(weight) for weight in learner.online_weights]
+    optimizer.apply_gradients(zip(gradients, learner.online_weights))
+    rate = 1e-3 * 8 / 512
+    for weight in learner.online_weights:
+        expected = 1 - rate * 0.1 if weight.shape.rank > 1 else 1
+        np.testing.assert_allclose(weight, np.full(weight.shape, expected, np.float32), rtol=1e-7)
+    assert int(optimizer.iterations) == 1
+
+
+def test_the_loop_is_one_that_an_npu_takes_whole():
+    learner = make_learner()
+    dataset, _ = views(1)
+    graph = learner.train_loop.get_concrete_function(iter(dataset), tf.constant(2)).graph
+    whiles = [op for op in graph.get_operations() if op.type in ("While", "StatelessWhile")]
+    assert len(whiles) == 1 and not graph.structured_outputs and not graph.outputs
