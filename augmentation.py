@@ -1,40 +1,41 @@
-"""The two views of BYOL, made for a whole batch at once: random crop, flip and resize, then colour distortion and grey.
+"""The two views of BYOL, a whole batch at once: random crop, flip, resize, then colour distortion and grey.
 
-What is drawn and what is done with it are separate. `sample_crops` and `sample_colors` draw, from a seed alone, so any
-batch of any run can be made again; `crop_flip_resize` and `distort_colors` do exactly what they are told, and equal
-cropping, flipping, resizing and `tf.image.adjust_*` of each image alone. `augment_images_pretraining` and
-`augment_images_finetuning` join them. All shapes are static, nothing loops over the images, and the arithmetic is compiled
-by XLA; it is meant for `tf.data`, where it runs on the host:
+What is drawn and what is done with it are separate. `sample_crops` and `sample_colors` draw, from a seed
+alone, so any batch of any run can be made again. `crop_flip_resize` and `distort_colors` do exactly as they
+are told: they equal cropping, flipping, resizing and `tf.image.adjust_*` of each image alone.
+`augment_images_pretraining` and `augment_images_finetuning` join the two. All shapes are static, nothing
+loops over the images, and XLA compiles the arithmetic; it is meant for `tf.data`, where it runs on the host:
 
-    dataset.batch(512, drop_remainder=True).enumerate().map(lambda step, x: augment_images_pretraining(x, (seed, step)))
+    batches = dataset.batch(512, drop_remainder=True).enumerate()
+    batches.map(lambda step, images: augment_images_pretraining(images, (seed, step)))
 
-The drawing is left out of the compiled part, because XLA's random numbers are not those of TensorFlow's own kernels. So the
-same seed gives the same parameters in eager code, in a graph, and on TensorFlow 2.6 and 2.21 alike.
+The drawing is kept out of the compiled part, because XLA's random numbers are not those of TensorFlow's own
+kernels: so a seed means the same in eager code and in a graph, on TensorFlow 2.6 and on 2.21.
 """
 from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import tensorflow as tf
 
-# Distributions of the reference implementation (byol-tensorflow2), for images of 32 x 32.
-MIN_CROP = 13 / 32  # the smallest crop's larger side, as a part of the image's side
-MIN_ASPECT = 0.67  # a crop's smaller side is its larger side times a number in [0.67, 1), rounded down
-FLIP_PROBABILITY = 0.25  # not 0.5: the reference tosses a coin, then flips by a second coin, so one image in four
-MAX_BRIGHTNESS = 0.4  # added
-MAX_CONTRAST = 0.4  # multiplied by 1 - 0.4 .. 1 + 0.4
-MAX_SATURATION = 0.4  # the same
+# The distributions are those of the reference implementation, byol-tensorflow2, for images of 32 x 32.
+MIN_CROP = 13 / 32  # a crop's longer side is at least this part of the image's side
+MIN_ASPECT = 0.67  # its shorter side is the longer one times a number in [0.67, 1), rounded down
+FLIP_PROBABILITY = 0.25  # not 0.5: the reference tosses a coin, and then a second one that flips
+MAX_BRIGHTNESS = 0.4  # added, at most
+MAX_CONTRAST = 0.4  # the factor is 1 - 0.4 to 1 + 0.4
+MAX_SATURATION = 0.4  # likewise
 MAX_HUE = 0.1  # added, in turns of the colour circle
 DISTORT_PROBABILITY = 0.8
 GREY_PROBABILITY = 0.2
-GREY_WEIGHTS = (0.2989, 0.5870, 0.1140)  # of red, green, blue: ITU-R BT.601's luma, as tf.image.rgb_to_grayscale rounds it
+GREY_WEIGHTS = (0.2989, 0.5870, 0.1140)  # red, green, blue: the luma of ITU-R BT.601
 
-# One random stream for each parameter: a name stands here once, so no two parameters share one. Their order is part of
-# what a seed means: new ones go to the end.
+# One random stream for each parameter: a name stands here once, so no two parameters can share a stream. The
+# order is part of what a seed means; a new name goes to the end.
 STREAMS = ("height", "width", "swap", "top", "left", "flip",
            "brightness", "contrast", "saturation", "hue", "distort", "grey")
 
 
 class Crops(NamedTuple):
-    """One crop for each image: tensors of shape (b,), int32, in pixels; `flip` is bool."""
+    """A crop for each image: tensors of shape (b,), int32, in pixels; `flip` is bool."""
     top: tf.Tensor
     left: tf.Tensor
     height: tf.Tensor
@@ -43,7 +44,7 @@ class Crops(NamedTuple):
 
 
 class Colors(NamedTuple):
-    """One colour distortion for each image: tensors of shape (b,), float32; `distort` and `grey` are bool."""
+    """A colour distortion for each image: tensors of shape (b,), float32; `distort` and `grey` are bool."""
     brightness: tf.Tensor
     contrast: tf.Tensor
     saturation: tf.Tensor
@@ -53,32 +54,33 @@ class Colors(NamedTuple):
 
 
 def sample_crops(batch_size: int, seed: Any, image_size: int = 32) -> Crops:
-    """Draw one crop and flip for each image of a batch.
+    """Draw a crop and a flip for each image of a batch.
 
-    The larger side is uniform over the integers 13..32 (for another size in proportion, round(size * 13/32)..size), the
-    smaller one floor(larger * u) with u uniform in [0.67, 1), which of the two is the height is a fair coin, the place is
-    uniform over all that fit, and one image in four is to be flipped.
+    The longer side is uniform over the integers 13..32 (for other images in proportion: round(size *
+    13/32)..size), the shorter one floor(longer * u) with u uniform in [0.67, 1); a fair coin tells which of
+    them is the height; the place is uniform over all that fit; one image in four is to be flipped.
 
-    batch_size: number of images. seed: a pair of integers, as Python ints or as an integer tensor of shape (2,); the same
-    pair gives the same crops on every TensorFlow. image_size: side of the (square) images in pixels, at least 1.
+    batch_size: number of images. seed: a pair of integers, Python's or an integer tensor of shape (2,); the
+    same pair draws the same crops on every TensorFlow. image_size: side of the square images in pixels, at
+    least 1. Raises ValueError for a seed that is no pair.
     """
     draw = _uniform(batch_size, seed, STREAMS[:6])
     smallest = max(1, round(MIN_CROP * image_size))
-    # floor(u * n) of float32 stays below n: u is at most 1 - 2^-23, so the product rounds to at most n - ulp.
-    long = smallest + tf.floor(draw["height"] * (image_size - smallest + 1))
-    short = tf.maximum(1., tf.floor(long * (MIN_ASPECT + (1 - MIN_ASPECT) * draw["width"])))
+    # floor(u * n) is below n in float32, too: u is at most 1 - 2^-23, so the product never rounds to n.
+    longer = smallest + tf.floor(draw["height"] * (image_size - smallest + 1))
+    shorter = tf.maximum(1., tf.floor(longer * (MIN_ASPECT + (1 - MIN_ASPECT) * draw["width"])))
     swap = draw["swap"] < 0.5
-    height, width = tf.where(swap, short, long), tf.where(swap, long, short)
+    height, width = tf.where(swap, shorter, longer), tf.where(swap, longer, shorter)
     top = tf.floor(draw["top"] * (image_size - height + 1))
     left = tf.floor(draw["left"] * (image_size - width + 1))
     return Crops(*(tf.cast(x, tf.int32) for x in (top, left, height, width)), draw["flip"] < FLIP_PROBABILITY)
 
 
 def sample_colors(batch_size: int, seed: Any) -> Colors:
-    """Draw one colour distortion for each image of a batch; none of it depends on `sample_crops` of the same seed.
+    """Draw a colour distortion for each image of a batch; it owes nothing to the crops of the same seed.
 
-    brightness is uniform in [-0.4, 0.4), contrast and saturation in [0.6, 1.4), hue in [-0.1, 0.1); distort is true with
-    probability 0.8 and grey with 0.2. Arguments as for `sample_crops`.
+    brightness is uniform in [-0.4, 0.4), contrast and saturation in [0.6, 1.4), hue in [-0.1, 0.1); distort
+    is true with probability 0.8, grey with 0.2. Arguments and errors as for `sample_crops`.
     """
     draw = _uniform(batch_size, seed, STREAMS[6:])
     return Colors(brightness=MAX_BRIGHTNESS * (2 * draw["brightness"] - 1),
@@ -89,16 +91,17 @@ def sample_colors(batch_size: int, seed: Any) -> Colors:
 
 
 def crop_flip_resize(images: Any, top: Any, left: Any, height: Any, width: Any, flip: Any) -> tf.Tensor:
-    """Cut one rectangle out of each image, mirror it left to right where `flip`, and resize it to the image's own size.
+    """Cut a rectangle out of each image, mirror it left to right where `flip`, resize it to the image's size.
 
-    Equals, image by image, cropping, flipping and `tf.image.resize` (bilinear, half-pixel centres, no antialiasing, edges
-    clamped to the crop), within 1e-5.
+    Equals, image by image and within 1e-5, cropping, flipping and `tf.image.resize` (bilinear, half-pixel
+    centres, no antialiasing, edges clamped to the crop).
 
-    images: (b, H, W, 3), uint8, or floating in [0, 1]. top, left, height, width: (b,) integers in pixels, of rectangles
-    that lie within the image and have at least one pixel. flip: (b,) bool. Returns (b, H, W, 3) float32 in [0, 1].
-    Raises ValueError for images of another rank, dtype or number of channels, or a batch size not known in advance.
+    images: (b, H, W, 3), uint8, or floating in [0, 1]. top, left, height, width: (b,) integers in pixels, of
+    rectangles within the image, at least one pixel large. flip: (b,) bool. Returns (b, H, W, 3) float32 in
+    [0, 1]. Raises ValueError for images of another rank, dtype or number of channels, or of a shape not
+    known in advance.
     """
-    images = _checked(images, allow_bytes=True)
+    images = _checked(images, bytes_too=True)
     return _compiled_crop_flip_resize(images, *(tf.cast(x, tf.int32) for x in (top, left, height, width)),
                                       tf.cast(flip, tf.bool))
 
@@ -106,28 +109,33 @@ def crop_flip_resize(images: Any, top: Any, left: Any, height: Any, width: Any, 
 def distort_colors(images: Any, brightness: Any, contrast: Any, saturation: Any, hue: Any) -> tf.Tensor:
     """Adjust brightness, contrast, saturation and hue of each image, in this order, then clip to [0, 1].
 
-    Equals, image by image, `tf.image.adjust_brightness`, `adjust_contrast`, `adjust_saturation`, `adjust_hue` and
-    `tf.clip_by_value`, within 1e-5 in the ranges of `sample_colors`, and treats values outside of [0, 1] on the way as they
-    do. One slip of theirs is not followed: `adjust_saturation` makes a pixel grey whose hue lies within 3e-8 below a full
-    turn, because its hue rounds to 1 and no sector of the colour circle claims it.
+    Equals, image by image, `tf.image.adjust_brightness`, `adjust_contrast`, `adjust_saturation`,
+    `adjust_hue` and `tf.clip_by_value`, within 1e-5 for what `sample_colors` draws, and treats values
+    outside of [0, 1] on the way as they do. It leaves out one slip of adjust_saturation, which takes all
+    colour from a red whose hue is less than 3e-8 short of a full turn: the hue rounds to 1, and no sector of
+    the colour circle claims it.
 
-    images: (b, H, W, 3) floating. The others are (b,) floating: what is added to each pixel; the factor about each
-    channel's mean over the image; the factor of saturation (a negative one acts as 0); the part of a turn of the colour
-    circle. Returns (b, H, W, 3) float32 in [0, 1]. Raises ValueError as `crop_flip_resize`, and for uint8 images.
+    images: (b, H, W, 3) floating. The rest are (b,) floating: what is added to each pixel; the factor about
+    each channel's mean over the image; the factor of the saturation (below 0 it acts as 0); the part of a
+    turn of the colour circle. Returns (b, H, W, 3) float32 in [0, 1]. Raises ValueError as
+    `crop_flip_resize`, and for uint8.
     """
-    images = _checked(images, allow_bytes=False)
-    return _compiled_distort_colors(images, *(tf.cast(x, tf.float32) for x in (brightness, contrast, saturation, hue)))
+    images = _checked(images, bytes_too=False)
+    return _compiled_distort_colors(
+        images, *(tf.cast(x, tf.float32) for x in (brightness, contrast, saturation, hue)))
 
 
-def augment_images_pretraining(images: Any, seed: Any, first: int = 0, batch_size: Optional[int] = None) -> tf.Tensor:
+def augment_images_pretraining(images: Any, seed: Any, first: int = 0,
+                               batch_size: Optional[int] = None) -> tf.Tensor:
     """Make one view of each image: crop, flip, resize; distort the colours of 80 %; turn 20 % grey.
 
-    images: (b, s, s, 3), uint8, or floating in [0, 1]: rows first..first+b of a batch of `batch_size` images (default: all
-    of it). The parameters are drawn for the whole batch, so any way of sharing a batch among workers gives the same views
-    (the same parameters to the bit, pixels to 1e-6). seed: a pair of integers, Python ints or an integer tensor of
-    shape (2,); two views of one batch need two seeds.
-    Returns (b, s, s, 3) float32 in [0, 1]. Raises ValueError as `crop_flip_resize`, for images that are not square, and for
-    rows that are not within the batch.
+    images: (b, s, s, 3), uint8, or floating in [0, 1]: rows first..first+b of a batch of `batch_size` images
+    (by default they are the batch). Parameters are drawn for the whole batch, so however workers share it,
+    its views are the same: the parameters to the bit, the pixels to 1e-6. seed: a pair of integers, Python's
+    or an integer tensor of shape (2,); the two views of a batch need two seeds.
+
+    Returns (b, s, s, 3) float32 in [0, 1]. Raises ValueError as `crop_flip_resize`, and for images that are
+    not square, rows that are not in the batch, or a seed that is no pair.
     """
     images, rows, batch_size = _checked_rows(images, first, batch_size)
     crops = sample_crops(batch_size, seed, images.shape[1])
@@ -135,15 +143,17 @@ def augment_images_pretraining(images: Any, seed: Any, first: int = 0, batch_siz
     return _compiled_augment(images, *(x[rows] for x in crops), *(x[rows] for x in colors))
 
 
-def augment_images_finetuning(images: Any, seed: Any, first: int = 0, batch_size: Optional[int] = None) -> tf.Tensor:
-    """Crop, flip and resize each image, with its colours left alone; otherwise as `augment_images_pretraining`."""
+def augment_images_finetuning(images: Any, seed: Any, first: int = 0,
+                              batch_size: Optional[int] = None) -> tf.Tensor:
+    """Crop, flip and resize each image, with its colours left alone; else as `augment_images_pretraining`."""
     images, rows, batch_size = _checked_rows(images, first, batch_size)
-    return _compiled_crop_flip_resize(images, *(x[rows] for x in sample_crops(batch_size, seed, images.shape[1])))
+    crops = sample_crops(batch_size, seed, images.shape[1])
+    return _compiled_crop_flip_resize(images, *(x[rows] for x in crops))
 
 
 def _uniform(batch_size: int, seed: Any, names: Sequence[str]) -> Dict[str, tf.Tensor]:
-    """Draw a (batch_size,) float32 tensor, uniform in [0, 1), from the stream of each of the names."""
-    # One by one, because a pair may mix a Python integer with a tensor, such as the step that tf.data counts.
+    """From each of the named streams, a (batch_size,) float32 tensor uniform in [0, 1)."""
+    # A pair may mix a Python integer with a tensor, such as the step that tf.data counts, hence one by one.
     pair = tf.cast(seed, tf.int64) if tf.is_tensor(seed) else tf.stack([tf.cast(x, tf.int64) for x in seed])
     if pair.shape != (2,):
         raise ValueError("seed must be a pair of integers, not of shape %s" % pair.shape)
@@ -151,21 +161,21 @@ def _uniform(batch_size: int, seed: Any, names: Sequence[str]) -> Dict[str, tf.T
     return {name: tf.random.stateless_uniform([batch_size], seeds[name]) for name in names}
 
 
-def _checked(images: Any, allow_bytes: bool) -> tf.Tensor:
-    """The images as a tensor; ValueError unless it is (b, H, W, 3) of a dtype that can be used."""
+def _checked(images: Any, bytes_too: bool) -> tf.Tensor:
+    """The images as a tensor; ValueError unless they are (b, H, W, 3) of a dtype that can be used."""
     images = tf.convert_to_tensor(images)
     if images.shape.rank != 4 or images.shape[3] != 3 or not images.shape.is_fully_defined():
-        raise ValueError("images must have the shape (batch, height, width, 3), all of it known in advance "
-                         "(in tf.data: batch with drop_remainder=True), not %s" % images.shape)
-    if not (images.dtype.is_floating or allow_bytes and images.dtype == tf.uint8):
+        raise ValueError("images must have the shape (batch, height, width, 3), all known in advance "
+                         "(in tf.data, batch with drop_remainder=True), not %s" % images.shape)
+    if not (images.dtype.is_floating or bytes_too and images.dtype == tf.uint8):
         raise ValueError("images must be %sfloating point in [0, 1], not %s"
-                         % ("uint8 or " if allow_bytes else "", images.dtype.name))
+                         % ("uint8 or " if bytes_too else "", images.dtype.name))
     return images
 
 
 def _checked_rows(images: Any, first: int, batch_size: Optional[int]) -> Tuple[tf.Tensor, slice, int]:
-    """The images as a tensor, which rows of the whole batch they are, and that batch's size."""
-    images = _checked(images, allow_bytes=True)
+    """The images as a tensor, the rows of the whole batch that they are, and the size of that batch."""
+    images = _checked(images, bytes_too=True)
     count, height, width = images.shape[0], images.shape[1], images.shape[2]
     if height != width:
         raise ValueError("images must be square, not %d x %d" % (height, width))
@@ -175,44 +185,43 @@ def _checked_rows(images: Any, first: int, batch_size: Optional[int]) -> Tuple[t
     return images, slice(first, first + count), batch_size
 
 
-# Inside, images lie as (b, H, 3, W): a row of one channel is contiguous, so the compiler's inner loops run over pixels, and
-# the last step writes (b, H, W, 3) at no cost.
+# In between, images lie as (b, H, 3, W): with a row of one channel contiguous, the compiled inner loops run
+# over pixels and use vector instructions. The last operation writes (b, H, W, 3), at no cost of its own.
 
 
-def _sample_points(start: tf.Tensor, length: tf.Tensor, size: int) -> Tuple[tf.Tensor, tf.Tensor]:
-    """Where in a crop each of `size` pixels of a resized axis looks: (b, size) float32, from 0 at the crop's start.
+def _sample_points(length: tf.Tensor, size: int) -> tf.Tensor:
+    """Where in its crop each of `size` resized pixels looks, along one axis: (b,) int32 to (b, size) float32.
 
-    Half-pixel centres, clamped to the crop. Returns the points and the crop's start as (b, 1) float32.
+    Half-pixel centres, clamped to the crop, counted from the crop's first pixel.
     """
     length = tf.cast(length, tf.float32)[:, None]
-    points = (tf.range(size, dtype=tf.float32) + 0.5) * (length / size) - 0.5
-    return tf.clip_by_value(points, 0., length - 1), tf.cast(start, tf.float32)[:, None]
+    return tf.clip_by_value((tf.range(size, dtype=tf.float32) + 0.5) * (length / size) - 0.5, 0., length - 1)
 
 
 def _crop_flip_resize(images: tf.Tensor, top: tf.Tensor, left: tf.Tensor, height: tf.Tensor, width: tf.Tensor,
                       flip: tf.Tensor) -> tf.Tensor:
-    """(b, H, W, 3) to (b, H, 3, W): out = Wy . image . Wx^T, with one interpolation matrix for each image and axis.
+    """(b, H, W, 3) to (b, H, 3, W): Wy . image . Wx^T, an interpolation matrix for each image and axis.
 
-    Wy has at most two weights in a row, so its product is two gathers of whole rows, straight from the bytes. Columns are
-    not contiguous, and for them a matrix product is faster than gathering.
+    A row of Wy has at most two weights that are not 0, so its product is two gathers of whole rows, straight
+    from the bytes. Columns are not contiguous; for them a true matrix product is faster.
     """
     count, rows, columns, _ = images.shape
-    points, start = _sample_points(top, height, rows)
+    points = _sample_points(height, rows)
     above = tf.floor(points)
     below = tf.minimum(above + 1, tf.cast(height, tf.float32)[:, None] - 1)
-    numbers = tf.range(count)[:, None] * rows + tf.cast(start, tf.int32)  # of each crop's first row among all rows
+    start = tf.range(count)[:, None] * rows + top[:, None]  # where a crop's first row is among all
     lines = tf.reshape(images, [count * rows, columns * 3])
-    upper = tf.cast(tf.gather(lines, numbers + tf.cast(above, tf.int32)), tf.float32)  # (b, H, W * 3)
-    lower = tf.cast(tf.gather(lines, numbers + tf.cast(below, tf.int32)), tf.float32)
+    upper = tf.cast(tf.gather(lines, start + tf.cast(above, tf.int32)), tf.float32)  # (b, H, W * 3)
+    lower = tf.cast(tf.gather(lines, start + tf.cast(below, tf.int32)), tf.float32)
     x = upper + (lower - upper) * (points - above)[:, :, None]
     if images.dtype == tf.uint8:
         x = x / 255
     x = tf.transpose(tf.reshape(x, [count, rows, columns, 3]), [0, 1, 3, 2])
 
-    points, start = _sample_points(left, width, columns)
-    points = start + tf.where(flip[:, None], points[:, ::-1], points)
-    across = tf.maximum(0., 1 - tf.abs(points[:, :, None] - tf.range(columns, dtype=tf.float32)))  # (b, W out, W in)
-    x = tf.matmul(tf.reshape(x, [count, rows * 3, columns]), across, transpose_b=True)
+    points = _sample_points(width, columns)
+    points = tf.where(flip[:, None], points[:, ::-1], points) + tf.cast(left, tf.float32)[:, None]
+    weights = tf.maximum(0., 1 - tf.abs(points[:, :, None] - tf.range(columns, dtype=tf.float32)))
+    x = tf.matmul(tf.reshape(x, [count, rows * 3, columns]), weights, transpose_b=True)
     return tf.reshape(x, [count, rows, 3, columns])
 
 
@@ -220,25 +229,25 @@ def _distort_colors(x: tf.Tensor, brightness: tf.Tensor, contrast: tf.Tensor, sa
                     hue: tf.Tensor) -> tf.Tensor:
     """(b, H, 3, W) to (b, H, W, 3), in closed form.
 
-    Saturation and hue both leave a pixel's largest value V alone. With R = V - smallest value (HSV's chroma) and the hue h
-    in sixths of a turn, each channel is V - R * clip(|h - n| - 1, 0, 1), where n is the channel's own hue (red 0, green 2,
-    blue 4) and |.| the way round the circle (the HSV formulas, solved for the channel). Multiplying the saturation, R / V,
-    which adjust_saturation keeps at most 1, makes R the smaller of R * factor and V; adjust_hue adds to h.
+    In HSV, with value V (the largest channel), chroma C (largest less smallest) and hue h in sixths of a
+    turn, a channel is V - C * clip(|h - n| - 1, 0, 1), where n is its own hue (red 0, green 2, blue 4) and
+    |.| goes the short way round. adjust_saturation multiplies the saturation C / V and keeps it at most 1,
+    which makes the chroma min(C * factor, V); adjust_hue adds to h; both leave V alone.
     """
-    mean = tf.reduce_mean(tf.reduce_mean(x, 3, keepdims=True), 1, keepdims=True)  # in two steps: a better rounded sum
+    mean = tf.reduce_mean(tf.reduce_mean(x, 3, keepdims=True), 1, keepdims=True)  # short sums: less rounding
     contrast = contrast[:, None, None, None]
     x = contrast * x + ((1 - contrast) * mean + brightness[:, None, None, None])
 
     red, green, blue = tf.unstack(x, axis=2)  # (b, H, W) each
     value = tf.maximum(red, tf.maximum(green, blue))
     chroma = value - tf.minimum(red, tf.minimum(green, blue))
-    inverse = 1 / tf.maximum(chroma, 1e-20)  # a grey pixel has any hue; its chroma of 0 makes that harmless
-    # Which channel is largest is asked by comparing channels, never with `value`: the compiler may compute a channel twice
-    # and round it in two ways, and then none would equal `value`. At a tie both answers give the same hue.
+    inverse = 1 / tf.maximum(chroma, 1e-20)  # a grey pixel gets any hue, to no effect: its chroma is 0
+    # Which channel is largest is told by comparing channels, never by `channel == value`: the compiler may
+    # compute a channel twice, rounded differently, and then none equals `value`. In a tie both hues agree.
     angle = tf.where(blue > tf.maximum(red, green), 4 + (red - green) * inverse,
                      tf.where(green > red, 2 + (blue - red) * inverse, (green - blue) * inverse))
     angle = angle + 6 * hue[:, None, None]
-    # tf.image takes the saturation of a pixel with value <= 0 as 0; here min() goes below 0, and the clip gives 0 as well.
+    # Where V <= 0, tf.image takes the saturation as 0; here all channels come out <= 0, and the clip agrees.
     chroma = tf.minimum(tf.maximum(saturation, 0.)[:, None, None] * chroma, value)
 
     away = angle[..., None] - tf.constant([0., 2., 4.])  # from here on (b, H, W, 3)
@@ -246,7 +255,7 @@ def _distort_colors(x: tf.Tensor, brightness: tf.Tensor, contrast: tf.Tensor, sa
     return tf.clip_by_value(value[..., None] - chroma[..., None] * tf.clip_by_value(away - 1, 0., 1.), 0., 1.)
 
 
-# Compiled where they are defined, that is at import: the NPU adapter drops jit_compile from functions made after it opened.
+# Made at import, because the NPU adapter drops jit_compile from functions that are made after it opened.
 
 
 @tf.function(jit_compile=True)
@@ -261,9 +270,10 @@ def _compiled_distort_colors(images, brightness, contrast, saturation, hue):
 
 
 @tf.function(jit_compile=True)
-def _compiled_augment(images, top, left, height, width, flip, brightness, contrast, saturation, hue, distort, grey):
+def _compiled_augment(images, top, left, height, width, flip,
+                      brightness, contrast, saturation, hue, distort, grey):
     x = _crop_flip_resize(images, top, left, height, width, flip)
-    # An image that is not distorted gets the parameters that change nothing, which costs less than a choice by the pixel.
+    # An image not to be distorted gets parameters that change nothing: cheaper than a choice for each pixel.
     x = _distort_colors(x, tf.where(distort, brightness, 0.), tf.where(distort, contrast, 1.),
                         tf.where(distort, saturation, 1.), tf.where(distort, hue, 0.))
     luma = tf.reduce_sum(x * tf.constant(GREY_WEIGHTS), 3, keepdims=True)

@@ -1,9 +1,9 @@
 """CIFAR-10 and CIFAR-100 in their official layout: found or downloaded, and read without trusting the files.
 
-The official files are Python pickles, and unpickling a hostile file can run any code. So the reader here knows nothing
-but the three NumPy names that those files hold, and has inert stand-ins even for these: no function of NumPy or of
-anything else is called on a file's behalf, and an array is made only after its type and shape were checked. It also
-reads the same on every NumPy, whichever way that has moved its internals.
+The official files are Python pickles, and unpickling a hostile file can run any code. So the reader here
+knows nothing but the three NumPy names that those files hold, and has inert stand-ins even for these: no
+function of NumPy or of anything else is called on a file's behalf, and an array is made only after its type
+and shape were checked. It also reads the same on every NumPy, whichever way that has moved its internals.
 """
 import contextlib
 import gzip
@@ -61,8 +61,9 @@ def read(name: str, data_dir: Optional[str] = None) -> Tuple[np.ndarray, np.ndar
                                                              Tuple[str, ...]]:
     """Read `name`, a key of LAYOUTS, from `data_dir`, else from Keras's cache, else download it by Keras.
 
-    `data_dir` is a folder with the official files, or with the official folder or archive in it, or that archive.
-    Returns training images, uint8 (n, 32, 32, 3), their int64 labels (n,), the same for testing, and the class names.
+    `data_dir` is a folder with the official files, or with their folder or archive in it, or the archive.
+    Returns images for training, uint8 (n, 32, 32, 3), their int64 labels (n,), the same for testing, and the
+    names of the classes.
     Raises UserError if a file that is there is damaged or foreign, or if the data are nowhere to be had.
     """
     layout = LAYOUTS[name]
@@ -82,7 +83,8 @@ def read(name: str, data_dir: Optional[str] = None) -> Tuple[np.ndarray, np.ndar
                             % (path, layout.title, error, layout.archive, layout.url))
     for file in layout.train_files + layout.test_files:
         if file not in batches:
-            raise UserError("%s lacks the file %s; get %s anew from %s." % (source, file, layout.archive, layout.url))
+            raise UserError("%s lacks the file %s; get %s anew from %s."
+                            % (source, file, layout.archive, layout.url))
     train = _join([batches[file] for file in layout.train_files])
     return train + _join([batches[file] for file in layout.test_files]) + (names,)
 
@@ -93,13 +95,14 @@ def _find(layout: Layout, data_dir: Optional[str]) -> Optional[str]:
     if data_dir:
         data_dir = os.path.expanduser(data_dir)
         if not os.path.exists(data_dir):
-            raise UserError("The data folder %s does not exist; give --data_dir the folder that holds %s, or that "
-                            "file." % (data_dir, layout.archive))
+            raise UserError("The data folder %s does not exist; give --data_dir the folder that holds %s, or "
+                            "that file." % (data_dir, layout.archive))
         given = [data_dir, os.path.join(data_dir, layout.folder), os.path.join(data_dir, layout.archive)]
     cache = os.path.join(_keras_home(), "datasets")
     # Keras 2 unpacks into the folder's own name, beside the archive under that name; Keras 3 into "-target".
-    cached = [os.path.join(cache, layout.folder), os.path.join(cache, layout.folder + "-target", layout.folder),
-              os.path.join(cache, layout.folder + ".tar.gz")]
+    cached = [os.path.join(cache, layout.folder), os.path.join(cache, layout.folder + ".tar.gz"),
+              os.path.join(cache, layout.folder + "-target", layout.folder),
+              os.path.join(cache, layout.archive)]
     for place in given + cached:
         names = layout.train_files + layout.test_files
         if os.path.isfile(place) or any(os.path.isfile(os.path.join(place, name)) for name in names):
@@ -122,16 +125,18 @@ def _download(layout: Layout, data_dir: Optional[str]) -> str:
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         with contextlib.suppress(OSError):
-            os.makedirs(_keras_home(), exist_ok=True)  # else Keras takes a folder in /tmp, which anyone may fill
+            # Without this folder Keras takes one in /tmp, which anyone may fill.
+            os.makedirs(_keras_home(), exist_ok=True)
         with contextlib.redirect_stdout(io.StringIO()):  # people's scripts parse what this program prints
-            return keras.utils.get_file(layout.archive, layout.url, file_hash=layout.sha256,
-                                        hash_algorithm="sha256", cache_dir=_keras_home())
-    except Exception as error:  # Keras raises a bare Exception
+            path: str = keras.utils.get_file(layout.archive, layout.url, file_hash=layout.sha256,
+                                             hash_algorithm="sha256", cache_dir=_keras_home())
+            return path
+    except Exception as error:  # Keras raises a bare one: "URL fetch failure on URL: None -- the reason"
         raise UserError(
-            "There is no %s in %sKeras's cache %s, and it cannot be downloaded (%s). Get %s from %s, put it into a "
-            "folder and give that as --data_dir; or try without it: --dataset shapes."
+            "There is no %s in %sKeras's cache %s, and it cannot be downloaded (%s). Get %s from %s, put it "
+            "into a folder and give that as --data_dir; or try without it: --dataset shapes."
             % (layout.title, "the folder %s nor in " % data_dir if data_dir else "", _keras_home(),
-               " ".join(str(error).split()), layout.archive, layout.url))
+               " ".join(str(error).split(" -- ")[-1].split()), layout.archive, layout.url))
     finally:
         socket.setdefaulttimeout(timeout)
 
@@ -155,7 +160,7 @@ class _Limited:
         self.file, self.left = file, limit
 
     def read(self, size: int) -> bytes:
-        data = self.file.read(size)
+        data: bytes = self.file.read(size)
         self.left -= len(data)
         if self.left < 0:
             raise tarfile.ReadError("it unpacks to more than %d MB" % (ARCHIVE_LIMIT >> 20))
@@ -168,11 +173,13 @@ def _archive_members(path: str, layout: Layout) -> Iterator[Tuple[str, bytes]]:
               for name in layout.train_files + layout.test_files + (layout.names_file,)}
     try:
         with gzip.open(path) as packed:
-            with tarfile.open(fileobj=_Limited(packed, ARCHIVE_LIMIT), mode="r|", bufsize=1 << 20) as archive:
+            limited: Any = _Limited(packed, ARCHIVE_LIMIT)
+            with tarfile.open(fileobj=limited, mode="r|", bufsize=1 << 20) as archive:
                 for member in archive:
                     name = wanted.get(member.name[2:] if member.name.startswith("./") else member.name)
-                    if name and member.isreg() and member.size <= FILE_LIMIT:
-                        yield name, archive.extractfile(member).read()
+                    file = archive.extractfile(member) if name and member.isreg() else None
+                    if name and file and member.size <= FILE_LIMIT:
+                        yield name, file.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise UserError("%s is damaged or not %s (%s); get it anew from %s."
                         % (path, layout.archive, error, layout.url))
@@ -211,7 +218,7 @@ class _Parts(io.BytesIO):
 
 
 class _Unpickler(pickle._Unpickler):
-    """The unpickler in Python, not C, because that one reserves as much memory as a file demands by one opcode.
+    """The unpickler in Python: the one in C reserves as much memory as a file demands by a single opcode.
 
     It knows the opcodes up to the protocol of the official files; later ones can also read past `_Parts`.
     """
@@ -222,20 +229,21 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.stand_ins:
-            raise pickle.UnpicklingError("it asks for %r of %r, which no official file does" % (name, module))
+            raise pickle.UnpicklingError("it asks for %.40r of %.40r, which no official file does"
+                                         % (name, module))
         return self.stand_ins[module, name]
 
 
 def unpickle(content: bytes) -> Dict[bytes, Any]:
-    """Read a pickled dictionary; arrays in it are `_Array`s. Raises pickle.UnpicklingError, whatever the content."""
+    """Read a pickled dictionary; arrays in it are `_Array`s. Raises nothing but pickle.UnpicklingError."""
     if len(content) > FILE_LIMIT:
         raise pickle.UnpicklingError("it is larger than %d MB" % (FILE_LIMIT >> 20))
     try:
         value = _Unpickler(_Parts(content), encoding="bytes").load()
     except pickle.UnpicklingError:
         raise
-    except Exception as error:  # a damaged pickle can raise anything: IndexError, KeyError, UnicodeDecodeError, ...
-        raise pickle.UnpicklingError("%s %s" % (type(error).__name__, " ".join(str(error).split())))
+    except Exception as error:  # a damaged pickle can raise anything: IndexError, KeyError, ...
+        raise pickle.UnpicklingError("%s %.100s" % (type(error).__name__, " ".join(str(error).split())))
     if not isinstance(value, dict):
         raise pickle.UnpicklingError("it holds no dictionary")
     return value
@@ -247,13 +255,13 @@ def _batch(batch: Dict[bytes, Any], layout: Layout) -> Tuple[np.ndarray, np.ndar
     if not isinstance(labels, list) or not labels or not all(type(label) is int for label in labels):
         raise pickle.UnpicklingError("it holds no list of labels under %r" % layout.label_key.decode())
     if min(labels) < 0 or max(labels) >= layout.classes:
-        raise pickle.UnpicklingError("its labels run from %d to %d instead of 0 to %d"
-                                     % (min(labels), max(labels), layout.classes - 1))
+        raise pickle.UnpicklingError("it holds labels outside of 0 to %d" % (layout.classes - 1))
     shape = (len(labels), 3 * IMAGE_SIZE ** 2)
-    if not isinstance(array, _Array) or not isinstance(array.dtype, _Dtype) or array.dtype.code not in (b"u1", "u1"):
+    if not isinstance(array, _Array) or not isinstance(array.dtype, _Dtype) or array.dtype.code != b"u1":
         raise pickle.UnpicklingError("it holds no array of uint8 under 'data'")
     if array.shape != shape or not isinstance(array.data, bytes) or len(array.data) != shape[0] * shape[1]:
-        raise pickle.UnpicklingError("its %d labels want images of shape %r, not %r" % (len(labels), shape, array.shape))
+        raise pickle.UnpicklingError("it holds %d labels, but no images of the shape %d x %d"
+                                     % ((len(labels),) + shape))
     images = np.frombuffer(array.data, np.uint8).reshape(shape, order="F" if array.fortran else "C")
     return images, np.array(labels, np.int64)
 
@@ -273,6 +281,7 @@ def _join(batches: List[Tuple[np.ndarray, np.ndarray]]) -> Tuple[np.ndarray, np.
 
 def _class_names(meta: Dict[bytes, Any], layout: Layout) -> Tuple[str, ...]:
     names = meta.get(layout.names_key)
-    if not isinstance(names, list) or len(names) != layout.classes or not all(isinstance(n, bytes) for n in names):
+    if (not isinstance(names, list) or len(names) != layout.classes
+            or not all(isinstance(name, bytes) for name in names)):
         raise pickle.UnpicklingError("it holds no %d class names" % layout.classes)
     return tuple(name.decode("ascii", "replace") for name in names)

@@ -1,12 +1,13 @@
-"""What every command shares: one-line errors, atomic files, one run a folder, a result that says how it came about.
+"""What every command shares: flags from a dataclass, one-line errors, atomic files, one run a folder, quiet start.
 
-Imports no TensorFlow, and must be imported before it: it sets what TensorFlow prints while it starts.
+To be imported before TensorFlow: it decides what TensorFlow prints while it starts.
 """
 import contextlib
 import dataclasses
 import json
 import os
 import platform
+import re
 import signal
 import sys
 import tempfile
@@ -15,8 +16,37 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Type
 
 from absl import app, flags
 
+VERBOSE = "--verbose" in sys.argv
 # 0 shows everything that TensorFlow's C++ side says, 2 only its errors. A value set by the user wins.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if "--verbose" in sys.argv else "2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if VERBOSE else "2")
+# What TensorFlow 2.21 writes to stderr at its start whatever that level is: notices, and on a machine without an NVIDIA
+# driver that there is none.
+NOTICES = re.compile(rb"[IW]\d{4} |WARNING: All log messages before absl::|To enable the following instructions"
+                     + (rb"" if os.path.exists("/proc/driver/nvidia") else rb"|E\d{4} .*failed call to cuInit"))
+
+
+@contextlib.contextmanager
+def quiet_start() -> Iterator[None]:
+    """Hold back what is written to stderr, also by C++, and pass it on at the end without TensorFlow's notices."""
+    if VERBOSE:
+        yield
+        return
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            os.write(2, b"".join(line for line in held if not NOTICES.match(line)))
+
+
+with quiet_start():
+    import tensorflow as tf
 
 
 class UserError(Exception):
@@ -90,6 +120,8 @@ def run(main: Callable[[], Any]) -> None:
             where = " (%s)" % error.filename if error.filename else ""
             sys.exit("%s: %s%s" % (command, error.strerror or error, where))
 
+    with quiet_start():
+        tf.config.list_physical_devices()  # which TensorFlow does in app.run anyway, not quietly
     app.run(guarded, flags_parser=_parse)
 
 

@@ -1,10 +1,10 @@
 """Data sets as uint8 images in memory, and the tf.data pipelines that make batches of them.
 
-Which images a batch holds and how they are augmented is a function of the seed and the step alone. So a run can go on from
-any step with the very batches that it would have had, and any number of workers can share one batch.
+Which images a batch holds and how they are augmented is a function of the seed and the step alone. So a run
+can go on from any step with the batches that it would have had, and any number of workers can share a batch.
 
-Random numbers: [seed, step] gives the seeds of a step's views, [seed, -1 - epoch] an epoch's order. Steps are never
-negative, so no two draws share a stream.
+Random numbers: [seed, step] gives the seeds of a step's views, [seed, -1 - epoch] an epoch's order. Steps are
+never negative, so no two draws share a stream.
 """
 from typing import Any, Callable, NamedTuple, Optional, Tuple
 
@@ -24,34 +24,35 @@ MEMORY_LIMIT = 2 << 30  # bytes of training or test images of a folder, beyond w
 
 
 class Data(NamedTuple):
-    """A data set. Images are uint8 (n, s, s, 3) and have len() and slices; labels are int64 (n,), or None without."""
+    """A data set. Images are uint8 (n, s, s, 3) and have len() and slices; labels are int64 (n,), or None."""
     train_images: Images
     train_labels: Optional[np.ndarray]
     test_images: Images
     test_labels: Optional[np.ndarray]
     class_names: Tuple[str, ...]
-    train_files: Tuple[str, ...] = ()  # where the images come from files of their own: paths below the folder
+    train_files: Tuple[str, ...] = ()  # paths below the folder, where each image has a file
     test_files: Tuple[str, ...] = ()
 
 
-def load(name: str, data_dir: Optional[str] = None, image_size: int = 32, test_fraction: float = 0.1, seed: int = 0,
-         train_size: Optional[int] = None, test_size: Optional[int] = None, memory_limit: int = MEMORY_LIMIT,
-         cache_dir: Optional[str] = None) -> Data:
+def load(name: str, data_dir: Optional[str] = None, image_size: int = 32, test_fraction: float = 0.1,
+         seed: int = 0, train_size: Optional[int] = None, test_size: Optional[int] = None,
+         memory_limit: int = MEMORY_LIMIT, cache_dir: Optional[str] = None) -> Data:
     """Load the data set `name`, one of NAMES.
 
     data_dir: for CIFAR see `cifar.read`, for a folder of images `folders.read`; shapes need none.
     image_size: to which a folder's images are brought, and at which shapes are drawn; CIFAR's are 32 x 32.
     test_fraction: what is set aside of a folder without train/ and test/.
-    seed: 0 to 2^32 - 1, of the shapes; runs that are to be compared need the same one.
-    train_size, test_size: how many shapes to draw (default 5,000 and 1,000); of other data sets, how many images to take,
-    evenly spread (default all).
-    memory_limit, cache_dir: a folder's images are kept in a temporary file in cache_dir (default: the system's folder for
-    such files) where they have more bytes than this.
+    seed: of the shapes, modulo 2^32; runs that are to be compared need the same one.
+    train_size, test_size: how many shapes to draw (default 5,000 and 1,000); of other data sets, how many
+    images to take, evenly spread (default all).
+    memory_limit, cache_dir: a folder's images are kept in a temporary file in cache_dir (default: the
+    system's folder for such files) where they have more bytes than this.
     Raises UserError for what is not there, is damaged or does not fit together.
     """
     if name not in NAMES:
         raise UserError("There is no data set %r; choose one of %s." % (name, ", ".join(NAMES)))
     if name == "shapes":
+        seed %= 1 << 32
         train = shapes.make(SHAPES_TRAIN if train_size is None else train_size, (seed, 0), image_size)
         test = shapes.make(SHAPES_TEST if test_size is None else test_size, (seed, 1), image_size)
         return Data(*train, *test, shapes.CLASS_NAMES)
@@ -63,9 +64,11 @@ def load(name: str, data_dir: Optional[str] = None, image_size: int = 32, test_f
         if image_size != cifar.IMAGE_SIZE:
             raise UserError("The images of %s have 32 x 32 pixels, not --image_size %d." % (name, image_size))
         data = Data(*cifar.read(name, data_dir))
-    train = _spread(data.train_images, data.train_labels, data.train_files, train_size, "training")
-    test = _spread(data.test_images, data.test_labels, data.test_files, test_size, "test")
-    return Data(train[0], train[1], test[0], test[1], data.class_names, train[2], test[2])
+    images, labels, files = _spread(data.train_images, data.train_labels, data.train_files, train_size,
+                                    "training")
+    data = data._replace(train_images=images, train_labels=labels, train_files=files)
+    images, labels, files = _spread(data.test_images, data.test_labels, data.test_files, test_size, "test")
+    return data._replace(test_images=images, test_labels=labels, test_files=files)
 
 
 def _spread(images: Images, labels: Optional[np.ndarray], files: Tuple[str, ...], size: Optional[int],
@@ -76,24 +79,28 @@ def _spread(images: Images, labels: Optional[np.ndarray], files: Tuple[str, ...]
     if not 1 <= size <= len(images):
         raise UserError("%d %s images were asked for, but the data set has %d." % (size, what, len(images)))
     chosen = np.arange(size) * len(images) // size
-    return images[chosen], None if labels is None else labels[chosen], tuple(files[i] for i in chosen) if files else ()
+    chosen_files = tuple(files[i] for i in chosen) if files else ()
+    return images[chosen], None if labels is None else labels[chosen], chosen_files
 
 
-def pretraining_batches(images: Any, batch_size: int, seed: int, first_step: int, last_step: int, first: int = 0,
-                        rows: Optional[int] = None) -> tf.data.Dataset:
-    """The batches of steps first_step..last_step - 1 of a run: pairs of views, float32 (rows, s, s, 3) in [0, 1].
+def pretraining_batches(images: Any, batch_size: int, seed: int, first_step: int, last_step: int,
+                        first: int = 0, rows: Optional[int] = None) -> tf.data.Dataset:
+    """Two views of the batch of each of the steps first_step..last_step - 1 of a run.
 
-    images: uint8 (n, s, s, 3), as in Data. An epoch has n // batch_size steps, in a fresh order; the rest is dropped.
-    seed: an integer of 64 bits. first, rows: make only these rows of each batch (default all), as one of several workers;
-    together they make the same views as one would.
-    Raises UserError if the batch is larger than the data set, ValueError if the rows are not within the batch.
+    Gives pairs of float32 (rows, s, s, 3) in [0, 1], of static shapes. An epoch has n // batch_size steps, in
+    a fresh order; the images that are left over are dropped.
+    images: uint8 (n, s, s, 3), as in Data.
+    seed: an integer of 64 bits.
+    first, rows: make only these rows of each batch (default all), as one of several workers; together they
+    make the same views as one would.
+    Raises UserError if the batch is larger than the data set, ValueError if the rows are not within it.
     """
     pixels = _on_host(images)
     rows = batch_size - first if rows is None else rows
 
     def views(step: tf.Tensor, indices: tf.Tensor) -> Tuple[tf.Tensor, tf.Tensor]:
         batch, seeds = tf.gather(pixels, indices), _seeds(seed, step)
-        return tuple(augmentation.augment_images_pretraining(batch, seeds[view], first=first, batch_size=batch_size)
+        return tuple(augmentation.augment_images_pretraining(batch, seeds[view], first, batch_size)
                      for view in range(2))
 
     return _batches(views, len(images), batch_size, seed, first_step, last_step, first, rows)
@@ -103,21 +110,21 @@ def finetuning_batches(images: Any, labels: Optional[np.ndarray], batch_size: in
                        last_step: int, first: int = 0, rows: Optional[int] = None) -> tf.data.Dataset:
     """As `pretraining_batches`, but (view, label): one view by crop and flip, and int64 labels (rows,)."""
     if labels is None:
-        raise UserError("The data set has no labels, and only pretraining does without; put the images into class folders.")
+        raise UserError("The data set has no labels, and only pretraining does without; put the images into "
+                        "class folders.")
     pixels, classes = _on_host(images), _on_host(labels)
     rows = batch_size - first if rows is None else rows
 
     def view(step: tf.Tensor, indices: tf.Tensor) -> Tuple[tf.Tensor, tf.Tensor]:
-        batch = tf.gather(pixels, indices)
-        seeds = _seeds(seed, step)
-        return (augmentation.augment_images_finetuning(batch, seeds[0], first=first, batch_size=batch_size),
+        batch, seeds = tf.gather(pixels, indices), _seeds(seed, step)
+        return (augmentation.augment_images_finetuning(batch, seeds[0], first, batch_size),
                 tf.gather(classes, indices))
 
     return _batches(view, len(images), batch_size, seed, first_step, last_step, first, rows)
 
 
 def evaluation_batches(images: Any, batch_size: int) -> tf.data.Dataset:
-    """All images in their order, as they are: float32 (b, s, s, 3) in [0, 1]. The last batch may be smaller."""
+    """All images in their order, as float32 (b, s, s, 3) in [0, 1]. The last batch may be smaller."""
     if batch_size < 1:
         raise UserError("The batch size is %d; it must be at least 1." % batch_size)
     pixels = _on_host(images)
@@ -135,9 +142,10 @@ def _on_host(array: Any) -> tf.Tensor:
 def _seeds(seed: int, step: tf.Tensor) -> tf.Tensor:
     """Two pairs of integers, int64 (2, 2), for the two views of a step.
 
-    Drawn rather than counted up, so that streams which augmentation derives from neighbouring seeds cannot meet.
+    Drawn, not counted up, so that streams which augmentation derives from neighbouring seeds cannot meet.
     """
-    return tf.random.stateless_uniform((2, 2), tf.stack([tf.constant(seed, tf.int64), step]), None, None, tf.int64)
+    pair = tf.stack([tf.constant(seed, tf.int64), step])
+    return tf.random.stateless_uniform((2, 2), pair, None, None, tf.int64)
 
 
 def _order(seed: int, epoch: tf.Tensor, n: int) -> tf.Tensor:
@@ -146,12 +154,12 @@ def _order(seed: int, epoch: tf.Tensor, n: int) -> tf.Tensor:
     return tf.argsort(tf.random.stateless_uniform((n,), pair, None, None, tf.int64))
 
 
-def _batches(make: Callable[[tf.Tensor, tf.Tensor], Tuple[tf.Tensor, tf.Tensor]], n: int, batch_size: int, seed: int,
-             first_step: int, last_step: int, first: int, rows: int) -> tf.data.Dataset:
-    """`make(step, indices)` for each step, where indices, int32 (rows,), are these rows of the step's batch."""
+def _batches(make: Callable[[tf.Tensor, tf.Tensor], Tuple[tf.Tensor, tf.Tensor]], n: int, batch_size: int,
+             seed: int, first_step: int, last_step: int, first: int, rows: int) -> tf.data.Dataset:
+    """`make(step, indices)` for each step; indices, int32 (rows,), are these rows of the step's batch."""
     if not 1 <= batch_size <= n:
-        raise UserError("The batch size is %d; it must be at least 1 and at most the number of training images, %d."
-                        % (batch_size, n))
+        raise UserError("The batch size is %d; it must be at least 1 and at most the number of training "
+                        "images, %d." % (batch_size, n))
     if not 0 <= first < first + rows <= batch_size:
         raise ValueError("Rows %d to %d are not within a batch of %d." % (first, first + rows, batch_size))
     steps_per_epoch = n // batch_size

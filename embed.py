@@ -1,15 +1,16 @@
-"""Features of images by a saved encoder, a picture of them, and the encoder itself for use without this program.
+"""Features of images by a saved encoder, a picture of them, and the encoder itself for use elsewhere.
 
-    python embed.py --encoder resnet18 --encoder_weights f_online_200.h5 --dataset folder --data_dir DIR --projection
+    python embed.py --encoder_weights f_online_200.h5 --dataset folder --data_dir DIR --projection
 
-writes into --output_dir embeddings.npz and projection.png. Read it by numpy.load: `features` float32 (n, d), `labels` int64
-(n,), -1 without labels, `files` (n,) paths below DIR, empty where images come from no files of their own, `split` (n,) 'train'
-or 'test', `class_names`.
+writes into --output_dir embeddings.npz and projection.png. numpy.load reads `features` float32 (n, d),
+`labels` int64 (n,), -1 without labels, `files` (n,) paths below DIR, empty where an image has no file of its
+own, `split` (n,) 'train' or 'test', and `class_names`.
 
-    python embed.py --encoder resnet18 --encoder_weights f_online_200.h5 --export DIR
+    python embed.py --encoder_weights f_online_200.h5 --export DIR
 
-needs no images and writes DIR/saved_model, a SavedModel for uint8 images (n, s, s, 3) that gives float32 features (n, d), and
-DIR/frozen.pb, the same as a frozen graph, the form from which Ascend's ATC makes an offline model (not tried on hardware).
+needs no images and writes DIR/saved_model, a SavedModel for uint8 images (n, s, s, 3) that gives float32
+features (n, d), and DIR/frozen.pb, the same as a frozen graph, the form from which Ascend's ATC makes an
+offline model (not tried on hardware).
 """
 import dataclasses
 import importlib.util
@@ -19,134 +20,174 @@ import tempfile
 import time
 from typing import Any, Dict, Optional, Sequence
 
-import commands  # before TensorFlow, whose log level it sets
-import checkpoints
-import datasets
-import evaluation
+import commands
+
+# isort: split
+
 import numpy as np
 import tensorflow as tf
-from commands import UserError, flag
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
-PICTURED = 3000  # images at most, drawn by --seed: t-SNE takes minutes for more, and dots hide each other
+import datasets
+import evaluation
+from commands import UserError, flag
+
+PICTURED = 2000  # images at most, drawn by --seed: t-SNE would take minutes for more, and dots would overlap
 PERPLEXITY = 30.0  # of t-SNE (scikit-learn's default)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(evaluation.Config):
-    """The settings of an embedding: each is a flag, and all are saved with the result."""
-    split: str = flag("all", "Which images to embed: those for training, for testing, or all.", choices=("all", "train", "test"))
-    projection: bool = flag(False, "Draw the features in two dimensions, by PCA and by t-SNE (needs scikit-learn and matplotlib).")
-    export: Optional[str] = flag(None, "Write the encoder into this folder as a SavedModel and a frozen graph, and embed nothing.")
+    """The settings of an embedding: each is a flag, saved with the result."""
+    split: str = flag("all", "Which images to embed: those for training, for testing, or all.",
+                      choices=("all", "train", "test"))
+    projection: bool = flag(False, "Draw the features in two dimensions, by PCA and by t-SNE (needs "
+                            "scikit-learn and matplotlib).")
+    export: Optional[str] = flag(None, "Write the encoder into this folder as a SavedModel and a frozen "
+                                 "graph, and embed nothing.")
 
 
 def main() -> None:
     started = time.time()
     config = commands.from_flags(Config)
     if config.export:
-        # On the CPU and in float32, wherever it is to run: on an NPU the graph would hold operators that only it knows.
-        config = dataclasses.replace(config, device="cpu", precision_mode="must_keep_origin_dtype")
+        _export(config, started)
+        return
     if config.projection:
         for module, package in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
             if importlib.util.find_spec(module) is None:
                 raise UserError("--projection needs %s: pip install %s." % (package, package))
-    device, encoder = evaluation.start(config)
-    say = evaluation.printer(config, device)
-    if config.export:
-        for line in export(encoder, config.image_size, config.export):
-            say(line)
-        return
+    device, encoder, say = evaluation.start(config)
     data = evaluation.load_data(config, labelled=False)
-    parts = [part for part in ("train", "test") if config.split in ("all", part) and len(getattr(data, part + "_images"))]
-    if not parts:
-        raise UserError("There are no images for --split %s; choose another, or another --test_fraction." % config.split)
-    say("Computing the features of %d images..." % sum(len(getattr(data, part + "_images")) for part in parts))
+    parts = [part for part in ("train", "test") if config.split in ("all", part)]
+    number = sum(len(getattr(data, part + "_images")) for part in parts)
+    fewest = 3 if config.projection else 1
+    if number < fewest:
+        raise UserError("There are %d images for --split %s, and %d are needed; choose another, or another "
+                        "--test_fraction." % (number, config.split, fewest))
+    say("Computing the features of %d images..." % number)
     content = embeddings(encoder, data, parts)
-    path = os.path.join(config.output_dir, "embeddings.npz")
     if device.is_chief:
+        path = os.path.join(config.output_dir, "embeddings.npz")
         with commands.atomic_path(path) as temporary:
             np.savez(temporary, **content)
-        say("Wrote %s: %d embeddings of %d numbers." % ((path,) + content["features"].shape))
+        say("Wrote %s: %d embeddings of %d numbers." % (path, number, content["features"].shape[1]))
         if config.projection:
             say("Drawing the projections...")
             path = os.path.join(config.output_dir, "projection.png")
-            draw(content["features"], content["labels"], data.class_names, config.seed, path)
+            chosen = np.random.RandomState(config.seed).permutation(number)[:PICTURED]
+            maps = project(content["features"][chosen], config.seed)
+            draw(maps, content["labels"][chosen], data.class_names, path)
             say("Wrote %s." % path)
     evaluation.write_result("embed", config, device, data, started, {
-        "embeddings": len(content["features"]), "dimensions": content["features"].shape[1]})
+        "embeddings": number, "dimensions": content["features"].shape[1]})
 
 
-def embeddings(encoder: Any, data: datasets.Data, parts: Sequence[str]) -> Dict[str, np.ndarray]:
+def embeddings(encoder: Any, data: datasets.Data, parts: Sequence[str]) -> Dict[str, Any]:
     """The arrays of embeddings.npz for the parts, of 'train' and 'test', one after the other."""
     content = {"features": [], "labels": [], "files": [], "split": []}  # type: Dict[str, Any]
     for part in parts:
-        images, labels, files = (getattr(data, "%s_%s" % (part, what)) for what in ("images", "labels", "files"))
-        n = len(images)
-        content["features"].append(evaluation.features(encoder, images))
-        content["labels"].append(np.full(n, -1, np.int64) if labels is None else labels)
-        content["files"].append(np.array(files if files else [""] * n, np.str_))
-        content["split"].append(np.full(n, part))
+        images, labels, files = (getattr(data, part + what) for what in ("_images", "_labels", "_files"))
+        if len(images):
+            content["features"].append(evaluation.features(encoder, images))
+            content["labels"].append(np.full(len(images), -1, np.int64) if labels is None else labels)
+            content["files"].append(np.array(files or [""] * len(images), np.str_))
+            content["split"].append(np.full(len(images), part))
     arrays = {name: np.concatenate(values) for name, values in content.items()}
     return dict(arrays, class_names=np.array(data.class_names, np.str_))
 
 
 # The picture
 
-def draw(features: np.ndarray, labels: np.ndarray, class_names: Sequence[str], seed: int, path: str) -> None:
-    """Draw features (n, d) in two dimensions, by PCA and by t-SNE, coloured by their labels, as a PNG."""
-    from matplotlib import cm
-    from matplotlib.figure import Figure
+def project(features: np.ndarray, seed: int) -> Dict[str, np.ndarray]:
+    """Features (n, d), n at least 3, in two dimensions: 'PCA' and 't-SNE', each (n, 2)."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    if len(features) < 3:
-        raise UserError("--projection needs at least 3 images, and there are %d." % len(features))
-    chosen = np.random.RandomState(seed).permutation(len(features))[:PICTURED]
-    features, labels = features[chosen], labels[chosen]
     plane = PCA(2, random_state=seed).fit_transform(features)
+    # Started from the PCA, scaled as is the custom, so that the map's rough layout means something.
+    start = plane / max(plane[:, 0].std(), 1e-12) * 1e-4
     perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
-    maps = {"PCA": plane, "t-SNE": TSNE(2, perplexity=perplexity, init=plane / plane.std() * 1e-4, learning_rate=200.0,
+    return {"PCA": plane, "t-SNE": TSNE(2, perplexity=perplexity, init=start, learning_rate=200.0,
                                         random_state=seed).fit_transform(features)}
-    colours = cm.get_cmap if False else None
-    del colours
+
+
+def draw(maps: Dict[str, np.ndarray], labels: np.ndarray, class_names: Sequence[str], path: str) -> None:
+    """Draw maps of the same images side by side as a PNG, coloured by their labels (n,), -1 for none."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    few = len(class_names) <= 20  # more could not be told apart
+    colours = colormaps["tab20" if few and len(class_names) > 10 else "tab10" if few else "gist_rainbow"]
     figure = Figure(figsize=(13, 6), dpi=110)
-    return figure, maps, cm
+    for place, (title, points) in enumerate(maps.items()):
+        axes = figure.add_subplot(1, len(maps), place + 1)
+        for label in np.unique(labels):
+            mine = points[labels == label]
+            name, colour = None, "grey"
+            if label >= 0:
+                name, colour = class_names[label], colours(label if few else label / len(class_names))
+            axes.scatter(mine[:, 0], mine[:, 1], s=7, linewidths=0, alpha=0.8, color=[colour], label=name)
+        axes.set_title("%s of %d images" % (title, len(points)))
+        axes.set_xticks([])
+        axes.set_yticks([])
+    if few and class_names:
+        figure.legend(*axes.get_legend_handles_labels(), loc="center right", markerscale=3, frameon=False)
+    figure.subplots_adjust(left=0.01, right=0.88, wspace=0.03, bottom=0.02, top=0.93)
+    with commands.atomic_path(path) as temporary:
+        figure.savefig(temporary)
 
 
 # The encoder for use elsewhere
 
 class Exported(tf.Module):
-    """An encoder as one function from uint8 images (n, s, s, 3) to float32 features (n, d), with nothing of Keras about it."""
+    """An encoder as a function of uint8 images (n, s, s, 3) that gives {"features": float32 (n, d)}."""
 
     def __init__(self, encoder: Any, image_size: int) -> None:
         super().__init__()
         self.weights = encoder.weights  # what the function uses, so that it is saved with it
         images = tf.TensorSpec([None, image_size, image_size, 3], tf.uint8, name="images")
-        self.embed = tf.function(lambda images: {"features": evaluation.inference(encoder, images)}, input_signature=[images])
+        self.embed = tf.function(lambda images: {"features": evaluation.inference(encoder, images)},
+                                 input_signature=[images])
 
 
-def export(encoder: Any, image_size: int, folder: str) -> Sequence[str]:
-    """Write the encoder into `folder` as saved_model/ and frozen.pb; an earlier export there is replaced. Gives lines that
-    tell how to use them."""
+def export(encoder: Any, image_size: int, folder: str) -> Dict[str, str]:
+    """Write the encoder into `folder`, as saved_model/ and frozen.pb; an earlier export there is replaced.
+
+    Gives the names of the frozen graph's input and output.
+    """
     commands.make_folder(folder)
     module = Exported(encoder, image_size)
-    saved_model, frozen = os.path.join(folder, "saved_model"), os.path.join(folder, "frozen.pb")
+    saved_model = os.path.join(folder, "saved_model")
     temporary = tempfile.mkdtemp(dir=folder, prefix=".tmp-")
     try:
         tf.saved_model.save(module, temporary, signatures={"serving_default": module.embed})
-        function = tf.saved_model.load(temporary).signatures["serving_default"]
-        graph = convert_variables_to_constants_v2(function)
-        os.chmod(temporary, 0o755)
+        loaded = tf.saved_model.load(temporary)  # has to stay: the graph does not keep its variables
+        graph = convert_variables_to_constants_v2(loaded.signatures["serving_default"])
+        os.chmod(temporary, 0o755)  # mkdtemp makes folders that only their owner may read
         if os.path.isdir(saved_model):
             shutil.rmtree(saved_model)
         os.rename(temporary, saved_model)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    commands.write_atomically(frozen, graph.graph.as_graph_def().SerializeToString())
-    inputs, outputs = graph.inputs[0].name.split(":")[0], graph.outputs[0].name
-    return ["Wrote %s: tf.saved_model.load(%r).embed(images)['features'], images uint8 (n, %d, %d, 3)."
-            % (saved_model, saved_model, image_size, image_size),
-            "Wrote %s: input %s, output %s." % (frozen, inputs, outputs)]
+    frozen = graph.graph.as_graph_def().SerializeToString()
+    commands.write_atomically(os.path.join(folder, "frozen.pb"), frozen)
+    return {"input": graph.inputs[0].name, "output": graph.outputs[0].name}
+
+
+def _export(config: Config, started: float) -> None:
+    # On the CPU in float32, wherever it is to run: made on an NPU, it would hold the NPU's own operators.
+    config = dataclasses.replace(config, device="cpu", precision_mode="must_keep_origin_dtype")
+    assert config.export
+    _, encoder, say = evaluation.start(config)
+    names = export(encoder, config.image_size, config.export)
+    commands.write_result(os.path.join(config.export, "result_export.json"), dict(
+        names, config=dataclasses.asdict(config), dimensions=encoder.features, seconds=time.time() - started))
+    saved_model, size = os.path.join(config.export, "saved_model"), config.image_size
+    say("Wrote %s: tf.saved_model.load(%r).embed(images)['features'], images uint8 (n, %d, %d, 3)."
+        % (saved_model, saved_model, size, size))
+    say("Wrote %s: input %s, output %s." % (os.path.join(config.export, "frozen.pb"), names["input"],
+                                            names["output"]))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
 """What an encoder is worth: features of a data set, nearest neighbours, and a linear head trained on it.
 
-Networks run inside tf.function, where an NPU computes; what follows from features and logits runs on the host in NumPy,
-in float32 on any device. Also what the commands share that work with a saved encoder: their flags, and how they start.
+Networks run inside tf.function, where an NPU computes; what follows from features and logits runs on the host
+in NumPy, in float32 on any device. Also what the commands share that work with a saved encoder: their flags,
+and how they start and end.
 """
 import dataclasses
 import os
 import time
 from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
 import checkpoints
 import commands
 import datasets
 import models
 import npu_config
-import numpy as np
-import tensorflow as tf
-from absl import logging
 from commands import UserError, flag
 from models import keras
 
@@ -29,70 +31,89 @@ SECONDS_A_CALL = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Config(npu_config.Options):
-    """The settings of every command that works with a saved encoder: each is a flag, and all are saved with the result."""
+    """The settings of every command that works with a saved encoder: all are flags, saved with the result."""
     encoder: str = flag("resnet18", "The encoder f.", choices=sorted(models.ENCODERS))
     width_multiplier: float = flag(1.0, "The width that the encoder was made with.", low=1 / 64)
-    encoder_weights: Optional[str] = flag(None, "The encoder's weights, as pretraining.py writes them (f_online_200.h5); none: random "
-                                          "ones, to compare with.")
-    dataset: str = flag("cifar10", "The images. shapes is made by the program and needs no files; folder is a folder of images.",
-                        choices=datasets.NAMES)
-    data_dir: Optional[str] = flag(None, "Where the data set lies: CIFAR's batches folder or .tar.gz, or a folder of images.",
-                                   alias="data_path")
+    encoder_weights: Optional[str] = flag(None, "The encoder's weights, as pretraining.py writes them "
+                                          "(f_online_200.h5); none: random ones, to compare with.")
+    dataset: str = flag("cifar10", "The images. shapes is made by the program and needs no files; folder is "
+                        "a folder of images.", choices=datasets.NAMES)
+    data_dir: Optional[str] = flag(None, "Where the data set lies: CIFAR's batches folder or .tar.gz, or a "
+                                   "folder of images.", alias="data_path")
     image_size: int = flag(32, "Height and width of the images (reference: 32).", low=8)
-    test_fraction: float = flag(0.1, "Of a folder without train/ and test/: the part kept for testing.", low=0, high=0.9)
+    test_fraction: float = flag(0.1, "Of a folder without train/ and test/: the part kept for testing.",
+                                low=0, high=0.9)
     output_dir: str = flag(".", "Where results go.", alias="model_dir")
-    seed: int = flag(0, "Of random weights, order and crops: the same seed gives the same result.", low=0, high=2 ** 31 - 1)
+    seed: int = flag(0, "Of random weights, order and crops: the same seed gives the same result.",
+                     low=0, high=2 ** 31 - 1)
     quiet: bool = flag(False, "Print the result, warnings and errors only.")
     verbose: bool = flag(False, "Print what TensorFlow and the device say, too.")
 
 
-def start(config: Config) -> Tuple[npu_config.Device, Any]:
-    """Open the device and load the encoder. UserError for weights, a device or a folder that cannot be used."""
+Say = Callable[[str], None]
+
+
+def start(config: Config) -> Tuple[npu_config.Device, Any, Say]:
+    """Open the device and load the encoder: (device, encoder, say), where say prints a line of progress.
+
+    Only the chief prints, and not under --quiet. UserError for weights, a device or a folder that cannot be
+    used.
+    """
     logging.set_verbosity(logging.INFO if config.verbose else logging.WARNING)
     if not config.encoder_weights:
-        raise UserError("--encoder_weights is missing: give a file that pretraining.py wrote, such as f_online_200.h5, or none "
-                        "for random weights.")
-    commands.make_folder(config.output_dir)
+        raise UserError("--encoder_weights is missing: give a file that pretraining.py wrote, such as "
+                        "f_online_200.h5, or none for random weights.")
     device = npu_config.open_device(config)
     device.set_seed(config.seed)
+    if device.is_chief:
+        commands.make_folder(config.output_dir)
+
+    def say(text: str) -> None:
+        if device.is_chief and not config.quiet:
+            print(text, flush=True)
+
+    if device.advice:
+        say(device.advice)
     with device.scope():
         encoder = models.ENCODERS[config.encoder](config.width_multiplier)
     if config.encoder_weights != "none":
         checkpoints.load_weights(encoder, config.encoder_weights)
-    return device, encoder
+    return device, encoder, say
 
 
-def printer(config: Config, device: npu_config.Device) -> Callable[[str], None]:
-    """Prints a line, if this is the process that prints and --quiet was not given."""
-    return lambda text: print(text, flush=True) if device.is_chief and not config.quiet else None
+def load_data(config: Config, labelled: bool = True) -> Any:
+    """The data set that the flags name, a datasets.Data. UserError if it is not to be had.
 
-
-def load_data(config: Config, labelled: bool = True) -> datasets.Data:
-    """The data set that the flags name. UserError if it cannot be had, or cannot be learned and tested on."""
-    data = datasets.load(config.dataset, config.data_dir, image_size=config.image_size, test_fraction=config.test_fraction,
-                         seed=config.seed)
+    labelled: UserError also if it has not the labels, classes and test images that a classifier needs.
+    """
+    data = datasets.load(config.dataset, config.data_dir, image_size=config.image_size,
+                         test_fraction=config.test_fraction, seed=config.seed)
     where = "The data set %s%s" % (config.dataset, " in %s" % config.data_dir if config.data_dir else "")
     if labelled and data.train_labels is None:
-        raise UserError("%s has no labels; put its images into one folder for each class, as in DIR/cat/1.jpg." % where)
+        raise UserError("%s has no labels; put its images into one folder for each class, as in "
+                        "DIR/cat/1.jpg." % where)
     if labelled and len(data.class_names) < 2:
         raise UserError("%s has %d class; a classifier needs two or more." % (where, len(data.class_names)))
     if labelled and not len(data.test_images):
-        raise UserError("%s has no test images; give a --test_fraction above 0, or folders train/ and test/." % where)
+        raise UserError("%s has no test images; give a --test_fraction above 0, or folders train/ and test/."
+                        % where)
     return data
 
 
 def write_result(name: str, config: Config, device: npu_config.Device, data: datasets.Data, started: float,
                  figures: Dict[str, Any]) -> None:
-    """Write result_<name>.json into output_dir: what was found, on which data, with which flags, in which time."""
+    """Write result_<name>.json into output_dir: the figures, on which data, by which flags, in which time."""
     if device.is_chief:
-        commands.write_result(os.path.join(config.output_dir, "result_%s.json" % name), dict(
-            figures, seconds=time.time() - started, device=device.describe(), config=dataclasses.asdict(config),
-            train_images=len(data.train_images), test_images=len(data.test_images), classes=len(data.class_names)))
+        about = {"seconds": time.time() - started, "device": device.describe(),
+                 "config": dataclasses.asdict(config), "train_images": len(data.train_images),
+                 "test_images": len(data.test_images), "classes": len(data.class_names)}
+        path = os.path.join(config.output_dir, "result_%s.json" % name)
+        commands.write_result(path, dict(figures, **about))
 
 
 @tf.function
 def inference(encoder: Any, images: tf.Tensor) -> tf.Tensor:
-    """float32 features of one batch. tf.function keeps one graph an encoder, and forgets it when the encoder goes."""
+    """float32 features of a batch. tf.function keeps a graph for each encoder, as long as that lives."""
     if images.dtype == tf.uint8:
         images = tf.cast(images, tf.float32) / 255.0
     return tf.cast(encoder(images, training=False), tf.float32)
@@ -102,29 +123,32 @@ def features(encoder: Any, images: Any, batch_size: int = 500) -> np.ndarray:
     """What the encoder makes of images in inference mode: float32 (n, d), on the host.
 
     images: (n, s, s, 3), uint8 or float in [0, 1], an array or what datasets.Data holds.
-    The last batch is filled up with black images, so that one graph serves all. UserError if a feature is not finite.
+    The last batch is filled up with black images, so that one graph serves all. UserError if a feature is not
+    finite.
     """
     batch_size = max(1, min(batch_size, len(images)))
     batches = []
     for first in range(0, len(images), batch_size):
         batch = np.asarray(images[first:first + batch_size])
-        missing = batch_size - len(batch)
-        filled = np.concatenate([batch, np.zeros((missing,) + batch.shape[1:], batch.dtype)]) if missing else batch
-        batches.append((inference(encoder, tf.constant(filled)), len(batch)))
-    result = np.concatenate([batch.numpy()[:n] for batch, n in batches])
+        filled = np.pad(batch, [(0, batch_size - len(batch))] + [(0, 0)] * 3, "constant")
+        batches.append(inference(encoder, tf.constant(filled)))
+    result = np.concatenate([batch.numpy() for batch in batches])[:len(images)]
     if not np.isfinite(result).all():
-        raise UserError("The encoder gives features that are not finite numbers: its weights are of a run that failed, or too large "
-                        "for the precision; try --precision_mode must_keep_origin_dtype.")
+        raise UserError("The encoder gives features that are not finite numbers: its weights are of a run "
+                        "that failed, or too large for the precision; try --precision_mode "
+                        "must_keep_origin_dtype.")
     return result
 
 
-def knn_accuracy(train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray,
-                 num_classes: int, k: int = NEIGHBOURS, temperature: float = TEMPERATURE) -> float:
-    """The part of the test images whose class their k nearest training images tell, by the weighted vote of
-    InstDisc (arXiv:1805.01978, section 3.4): each neighbour votes for its class with exp(cosine / temperature).
+def knn_accuracy(train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray,
+                 test_labels: np.ndarray, num_classes: int, k: int = NEIGHBOURS,
+                 temperature: float = TEMPERATURE) -> float:
+    """The part of the test images whose class their k nearest training images tell.
 
-    Features are float (n, d), labels integers (n,) in 0..num_classes-1. k is at most the number of training images; of
-    classes with equal votes the first wins. Works through the test images in blocks that bound the memory.
+    The weighted vote of InstDisc (arXiv:1805.01978, section 3.4): each neighbour votes for its class with
+    exp(cosine / temperature). Of classes with equal votes the first wins.
+    Features are float (n, d), labels integers (n,) in 0..num_classes-1. k is at most the number of training
+    images. Works through the test images in blocks that bound the memory.
     """
     train, test = _normalised(train_features), _normalised(test_features)
     k = min(k, len(train))
@@ -137,7 +161,8 @@ def knn_accuracy(train_features: np.ndarray, train_labels: np.ndarray, test_feat
         cosine, nearest = values.numpy().astype(np.float64), indices.numpy()
         weights = np.exp((cosine - cosine.max(axis=1, keepdims=True)) / temperature)
         rows = np.arange(len(nearest))[:, None]
-        votes = np.bincount((rows * num_classes + train_labels[nearest]).ravel(), weights.ravel(), len(nearest) * num_classes)
+        votes = np.bincount((rows * num_classes + train_labels[nearest]).ravel(), weights.ravel(),
+                            len(nearest) * num_classes)
         predicted = votes.reshape(-1, num_classes).argmax(axis=1)
         correct += int((predicted == test_labels[first:first + block]).sum())
     return correct / len(test)
@@ -149,22 +174,24 @@ def _normalised(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def knn_of_encoder(encoder: Any, data: datasets.Data) -> float:
-    """k-NN accuracy of an encoder on a labelled data set: test images by training images."""
+def knn_of_encoder(encoder: Any, data: Any) -> float:
+    """k-NN accuracy of an encoder on a labelled datasets.Data: test images by training images."""
     train, test = features(encoder, data.train_images), features(encoder, data.test_images)
     return knn_accuracy(train, data.train_labels, test, data.test_labels, len(data.class_names))
 
 
 class Classifier(tf.Module):
-    """A linear head c on an encoder f, and the compiled loop that trains the head, or both, on labelled images.
+    """A linear head c on an encoder f, and the compiled loop that trains the head, or both, on labelled data.
 
     encoder: None where the loop is given features instead of images; width: the number of features.
-    frozen: the encoder is used in inference mode and nothing of it changes, BatchNorm's moving statistics included.
-    learning_rate: a function of the step, a scalar int64 tensor. The optimiser is Adam, the loss softmax cross-entropy.
+    learning_rate: a function of the step, a scalar int64 tensor, for Adam. The loss is softmax cross-entropy.
+    frozen: the encoder is used in inference mode and nothing of it changes, BatchNorm's moving statistics
+    included.
     """
 
     def __init__(self, device: npu_config.Device, encoder: Any, width: int, num_classes: int,
-                 learning_rate: Callable[[tf.Tensor], tf.Tensor], label_smoothing: float, frozen: bool = True) -> None:
+                 learning_rate: Callable[[tf.Tensor], tf.Tensor], label_smoothing: float,
+                 frozen: bool = True) -> None:
         super().__init__()
         self._device = device
         self._num_classes = num_classes
@@ -177,7 +204,8 @@ class Classifier(tf.Module):
             self.head.build((None, width))
             self.step = tf.Variable(0, trainable=False, dtype=tf.int64, name="step", aggregation=only_first)
             self.loss = tf.Variable(0.0, trainable=False, name="loss", aggregation=only_first)
-            adam = getattr(keras.optimizers, "legacy", keras.optimizers).Adam(lambda: learning_rate(self.step))
+            optimizers = getattr(keras.optimizers, "legacy", keras.optimizers)
+            adam = optimizers.Adam(lambda: learning_rate(self.step))
             adam._create_all_weights(self.trained_weights)
             self.optimizer = device.loss_scaled(adam)
         device.broadcast(list(self.variables) + adam.variables())
@@ -189,7 +217,7 @@ class Classifier(tf.Module):
         return self.head.trainable_weights + ([] if self.frozen else self.encoder.trainable_weights)
 
     def _train_loop(self, iterator: Iterator[Any], n: tf.Tensor) -> None:
-        """Take n steps (scalar int32) on the next n elements of the iterator, each (images or features, labels).
+        """Take n steps (scalar int32) on the next n elements of the iterator: (images or features, labels).
 
         Returns nothing and uses no loop index: in this form the NPU takes the loop whole.
         """
@@ -199,7 +227,7 @@ class Classifier(tf.Module):
 
     @tf.autograph.experimental.do_not_convert
     def train_step(self, x: tf.Tensor, labels: tf.Tensor) -> None:
-        """One step on images (b, s, s, 3) in [0, 1], or features (b, d), float32, with labels (b,) of any integer type."""
+        """A step on images (b, s, s, 3) in [0, 1], or features (b, d), float32, with integer labels (b,)."""
         loss, = self._device.run(self._update, (x, labels))
         self.step.assign_add(1)
         self.loss.assign(loss)
@@ -208,7 +236,7 @@ class Classifier(tf.Module):
         """One optimiser step. Gives the loss, a float32 scalar."""
         weights = self.trained_weights
         if self.frozen and self.encoder is not None:
-            x = self.encoder(x, training=False)  # outside of the tape: no gradient is computed for it
+            x = self.encoder(x, training=False)  # outside of the tape: it needs no gradient
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(weights)
             logits = self.head(x if self.frozen else self.encoder(x, training=True))
@@ -220,10 +248,13 @@ class Classifier(tf.Module):
         self._device.apply_gradients(self.optimizer, scaled, tape, weights)
         return loss,
 
-    def train(self, batches: tf.data.Dataset, last_step: int, steps_per_epoch: int, say: Callable[[str], None]) -> None:
-        """Train on the elements of `batches` up to last_step. UserError if the loss is not a finite number any more."""
-        with self._device.host():
-            iterator = self._device.iterate(batches)
+    def train(self, batches: tf.data.Dataset, last_step: int, total_steps: int, steps_per_epoch: int,
+              say: Say) -> None:
+        """Take the steps 0..last_step - 1, of total_steps that a full run has, on the elements of `batches`.
+
+        Tells the loss at an epoch's end, at most once a second. UserError if it is not a finite number.
+        """
+        iterator = self._device.iterate(batches)
         step, at_once, since = 0, 1, time.time()
         while step < last_step:
             n = min(steps_per_epoch - step % steps_per_epoch, last_step - step)
@@ -236,12 +267,12 @@ class Classifier(tf.Module):
             at_once = max(1, int(n * SECONDS_A_CALL / (time.time() - began)))
             step += n
             if not np.isfinite(loss):
-                raise UserError("The loss is %s after step %d; try a lower --learning_rate, or --precision_mode "
-                                "must_keep_origin_dtype." % (loss, step))
-            if step % steps_per_epoch == 0 or step == last_step:
+                raise UserError("The loss is %s after step %d; try a lower --learning_rate, or "
+                                "--precision_mode must_keep_origin_dtype." % (loss, step))
+            if step == last_step or step % steps_per_epoch == 0 and time.time() - since > 1:
+                epoch, batch = (step - 1) // steps_per_epoch + 1, (step - 1) % steps_per_epoch + 1
                 say("[Epoch %d/%d Batch %d/%d] Loss=%.5f. Time=%.2f" % (
-                    (step - 1) // steps_per_epoch + 1, -(-last_step // steps_per_epoch),
-                    (step - 1) % steps_per_epoch + 1, steps_per_epoch, loss, time.time() - since))
+                    epoch, total_steps // steps_per_epoch, batch, steps_per_epoch, loss, time.time() - since))
                 since = time.time()
 
     def logits(self, features: np.ndarray) -> np.ndarray:
@@ -256,8 +287,8 @@ def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
     return float(((logits > own).sum(axis=1) < k).mean())
 
 
-def batch_size_for(batch_size: int, number: int, device: npu_config.Device, say: Callable[[str], None]) -> int:
-    """The batch size, or if there are fewer images, their number, rounded down to a multiple of the device's replicas."""
+def batch_size_for(batch_size: int, number: int, device: npu_config.Device, say: Say) -> int:
+    """The batch size, or where there are fewer images, the largest that they and the replicas allow."""
     if batch_size <= number:
         return batch_size
     smaller = max(1, number // device.replicas) * device.replicas

@@ -1,15 +1,17 @@
 """A folder of one's own images as a data set, in class folders or not, however large.
 
-    folder/cat/1.jpg  folder/dog/1.jpg                     labelled; a share of each class is set aside for testing
-    folder/train/cat/1.jpg  folder/test/cat/1.jpg          labelled, with a split of one's own
-    folder/1.jpg, or folder/train/1.jpg folder/test/2.jpg  without labels, for pretraining
+    folder/cat/1.jpg  folder/dog/1.jpg              labelled; a part of each class is kept for testing
+    folder/train/cat/1.jpg  folder/test/cat/2.jpg   labelled, with a split of one's own
+    folder/1.jpg                                    without labels, for pretraining
+    folder/train/1.jpg  folder/test/2.jpg           the same
 """
+import contextlib
 import hashlib
 import os
 import tempfile
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
 import tensorflow as tf
@@ -18,7 +20,7 @@ from absl import logging
 import image_files
 from commands import UserError
 
-THREADS = min(8, os.cpu_count() or 1)  # eight of the largest images at a time are what a machine can be expected to hold
+THREADS = min(8, os.cpu_count() or 1)  # eight images of the largest size take up to 8 GB
 NAMES_SHOWN = 5  # of skipped files, in the warning
 
 
@@ -30,16 +32,18 @@ class ImagesOnDisk:
     """
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, decoded: Iterator[np.ndarray], image_size: int, cache_dir: Optional[str] = None) -> None:
-        with tempfile.NamedTemporaryFile(prefix="images-", suffix=".raw", dir=cache_dir, delete=False) as file:
+    def __init__(self, decoded: Iterator[np.ndarray], image_size: int, cache_dir: Optional[str]) -> None:
+        with tempfile.NamedTemporaryFile(prefix="images-", dir=cache_dir, delete=False) as file:
             self.path = file.name
             weakref.finalize(self, os.remove, file.name)
-            # Written rather than assigned to a memory map, in which a full disk ends the process with a signal.
+            # Written, not assigned to a memory map, in which a full disk ends the process with a signal.
             for image in decoded:
                 file.write(image.tobytes())
             number = file.tell() // (3 * image_size ** 2)
         self.shape = (number, image_size, image_size, 3)
-        self._array = np.memmap(self.path, np.uint8, "r", shape=self.shape) if number else np.empty(self.shape, np.uint8)
+        self._array = np.zeros(self.shape, np.uint8)  # an empty file cannot be mapped
+        if number:
+            self._array = np.memmap(self.path, np.uint8, "r", shape=self.shape)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -61,79 +65,96 @@ class Listing(NamedTuple):
     classes: Optional[List[str]]
 
 
-def read(folder: str, image_size: int, test_fraction: float, memory_limit: int, cache_dir: Optional[str]) -> Tuple[
-        Images, Optional[np.ndarray], Images, Optional[np.ndarray], Tuple[str, ...], Tuple[str, ...], Tuple[str, ...]]:
+def read(folder: str, image_size: int, test_fraction: float, memory_limit: int, cache_dir: Optional[str]
+         ) -> Tuple[Images, Optional[np.ndarray], Images, Optional[np.ndarray],
+                    Tuple[str, ...], Tuple[str, ...], Tuple[str, ...]]:
     """Read a folder of images: the fields of `datasets.Data` in their order, images as uint8 (n, s, s, 3).
 
-    Where more than `memory_limit` bytes come together, the images are kept in a file in `cache_dir`. Files that are no
-    usable images are skipped with a warning that names them; hidden files and links to folders are ignored.
-    The split depends on nothing but the files' names. Raises UserError if what is left is no data set.
+    Where more than `memory_limit` bytes come together, the images are kept in a file in `cache_dir`. Files
+    that are no usable images are skipped with a warning that names them; hidden files and links to folders
+    are ignored. The split depends on nothing but the files' names. Raises UserError if what is left is no
+    data set.
     """
     folder = os.path.expanduser(folder)
     if not os.path.isdir(folder):
         raise UserError("The image folder %s does not exist or is no folder." % folder)
     if not 0 <= test_fraction < 1:
-        raise UserError("The fraction of test images is %g; it must be at least 0 and less than 1." % test_fraction)
+        raise UserError("The fraction of test images is %g; it must be at least 0 and less than 1."
+                        % test_fraction)
     train, test = _listings(folder, test_fraction)
     train_images, kept = _decode(train.paths, folder, image_size, memory_limit, cache_dir)
     train = _only(train, kept)
     if len(train.paths) < 2:
-        raise UserError("The folder %s holds %d usable images for training (PNG, JPEG, GIF or BMP); it needs at least 2, "
-                        "in class folders, or without for pretraining." % (folder, len(train.paths)))
+        raise UserError("The folder %s holds %d usable images for training (PNG, JPEG, GIF or BMP); it needs "
+                        "2 at least, in class folders, or without for pretraining."
+                        % (folder, len(train.paths)))
     test_images, kept = _decode(test.paths, folder, image_size, memory_limit, cache_dir)
     test = _only(test, kept)
-    train_files, test_files = ([os.path.relpath(path, folder) for path in part.paths] for part in (train, test))
+    train_files, test_files = _names(train, folder), _names(test, folder)
     if train.classes is None or test.classes is None:
-        return train_images, None, test_images, None, (), tuple(train_files), tuple(test_files)
+        return train_images, None, test_images, None, (), train_files, test_files
 
     names = sorted(set(train.classes))
     if len(names) < 2:
-        raise UserError("The folder %s has one class only, %s; add folders of other classes, or for pretraining without "
-                        "labels put the images into the folder itself." % (folder, names[0]))
+        raise UserError("The folder %s has one class only, %s; add folders of other classes, or for "
+                        "pretraining without labels put the images into the folder itself."
+                        % (folder, names[0]))
     if test_fraction > 0 and not test.paths:
-        raise UserError("The folder %s has %d usable images in %d classes and none for testing; at least one class "
-                        "needs two." % (folder, len(train.paths), len(names)))
+        raise UserError("The folder %s has %d usable images in %d classes and none for testing; put some "
+                        "into a folder test, or at least two into a class."
+                        % (folder, len(train.paths), len(names)))
     unknown = sorted(set(test.classes) - set(names))
     if unknown:
         raise UserError("The class %s of %s has images for testing, but no usable one for training."
                         % (unknown[0], folder))
     number = {name: index for index, name in enumerate(names)}
-    train_labels, test_labels = (np.array([number[name] for name in part.classes], np.int64) for part in (train, test))
-    return train_images, train_labels, test_images, test_labels, tuple(names), tuple(train_files), tuple(test_files)
+    train_labels = np.array([number[name] for name in train.classes], np.int64)
+    test_labels = np.array([number[name] for name in test.classes], np.int64)
+    return train_images, train_labels, test_images, test_labels, tuple(names), train_files, test_files
 
 
 def _listings(folder: str, test_fraction: float) -> Tuple[Listing, Listing]:
     """The files for training and for testing."""
-    inside = set(_folders(folder))
+    inside = _folders(folder)
     if {"train", "test"} <= inside:
         if len(inside) > 2:
             logging.warning("Beside train and test, these folders in %s are ignored: %s.", folder,
                             ", ".join(map(repr, sorted(inside - {"train", "test"}))))
-        train, test = (_list(os.path.join(folder, name)) for name in ("train", "test"))
-        if test.paths and (train.classes is None) != (test.classes is None):
-            raise UserError("Of the folders train and test in %s, one has class folders and the other has not." % folder)
+        train, test = (_list(path, _folders(path))
+                       for path in (os.path.join(folder, "train"), os.path.join(folder, "test")))
+        if not test.paths:
+            return train, _only(train, [])
+        if (train.classes is None) != (test.classes is None):
+            raise UserError("Of the folders train and test in %s, one has class folders and the other has "
+                            "not." % folder)
         return train, test
     if inside and inside <= {"train", "test", "val", "valid", "validation"}:
-        raise UserError("The folder %s has the folder %s, but not both train and test; rename or add what is missing."
-                        % (folder, " and ".join(sorted(inside))))
-    everything = _list(folder)
+        raise UserError("The folder %s has the folder %s, but not both train and test; rename or add what is "
+                        "missing." % (folder, " and ".join(sorted(inside))))
+    everything = _list(folder, inside)
     if everything.classes is None:
-        return everything, Listing([], None)
-    chosen = _choose(everything, folder, test_fraction)
+        return everything, _only(everything, [])
+    chosen = _choose(_names(everything, folder), everything.classes, test_fraction)
     others = [i for i in range(len(everything.paths)) if i not in chosen]
     return _only(everything, others), _only(everything, sorted(chosen))
 
 
-def _choose(listing: Listing, folder: str, fraction: float) -> set:
-    """Indices for testing: of each class the fraction, at least one of two or more, whose names have the least hashes.
+def _names(listing: Listing, folder: str) -> Tuple[str, ...]:
+    return tuple(os.path.relpath(path, folder) for path in listing.paths)
+
+
+def _choose(names: Sequence[str], classes: Sequence[str], fraction: float) -> Set[int]:
+    """Indices for testing: of each class the fraction whose names have the least hashes, but one at least
+    where the class has two.
 
     So every command, whatever its seed, keeps the same images apart, and new files change little of it.
     """
-    classes, chosen = {}, set()
-    for index, name in enumerate(listing.classes):
-        classes.setdefault(name, []).append(index)
-    for mine in classes.values():
-        mine.sort(key=lambda i: hashlib.sha256(os.fsencode(os.path.relpath(listing.paths[i], folder))).digest())
+    members: Dict[str, List[int]] = {}
+    chosen: Set[int] = set()
+    for index, name in enumerate(classes):
+        members.setdefault(name, []).append(index)
+    for mine in members.values():
+        mine.sort(key=lambda index: hashlib.sha256(os.fsencode(names[index])).digest())
         number = 0 if fraction == 0 or len(mine) < 2 else max(1, round(fraction * len(mine)))
         chosen.update(mine[:number])
     return chosen
@@ -144,29 +165,31 @@ def _only(listing: Listing, indices: List[int]) -> Listing:
                    None if listing.classes is None else [listing.classes[i] for i in indices])
 
 
-def _folders(folder: str) -> List[str]:
-    names = []
+def _folders(folder: str) -> Set[str]:
+    names = set()
     for entry in os.scandir(folder):
         if entry.is_dir() and not entry.name.startswith("."):
             if entry.is_symlink():
                 logging.warning("The link %r to a folder is not followed.", entry.path)
             else:
-                names.append(entry.name)
-    return sorted(names)
+                names.add(entry.name)
+    return names
 
 
-def _list(folder: str) -> Listing:
+def _list(folder: str, inside: Iterable[str]) -> Listing:
     """All files below the class folders in `folder`; if these hold none, all in `folder` itself."""
     paths, classes = [], []
-    for name in _folders(folder):
+    for name in sorted(inside):
         below = _files(os.path.join(folder, name))
         paths += below
         classes += [name] * len(below)
-    beside = [entry.path for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith(".")]
+    beside = [entry.path for entry in os.scandir(folder)
+              if entry.is_file() and not entry.name.startswith(".")]
     if not paths:
         return Listing(sorted(beside), None)
     if beside:
-        logging.warning("%d files in %s are ignored, because they lie beside the class folders: %s.", len(beside), folder,
+        logging.warning("%d files in %s are ignored, because they lie beside the class folders: %s.",
+                        len(beside), folder,
                         _shown([repr(os.path.basename(path)) for path in sorted(beside)]))
     return Listing(paths, classes)
 
@@ -186,7 +209,8 @@ def _files(folder: str) -> List[str]:
 def _decode(paths: List[str], folder: str, image_size: int, memory_limit: int,
             cache_dir: Optional[str]) -> Tuple[Images, List[int]]:
     """Decode files to images of one size, in memory or on disk; also tells which of the files were usable."""
-    kept, skipped = [], []
+    kept: List[int] = []
+    skipped: List[str] = []
     logging.info("Reading %d files from %s.", len(paths), folder)
 
     def usable() -> Iterator[np.ndarray]:
@@ -197,19 +221,22 @@ def _decode(paths: List[str], folder: str, image_size: int, memory_limit: int,
                 kept.append(index)
                 yield image
 
+    result: Images
     if len(paths) * image_size ** 2 * 3 > memory_limit:
         result = ImagesOnDisk(usable(), image_size, cache_dir)
     else:
-        result = np.empty((len(paths), image_size, image_size, 3), np.uint8)
+        array = np.empty((len(paths), image_size, image_size, 3), np.uint8)
         for image in usable():
-            result[len(kept) - 1] = image
-        result = result[:len(kept)]
+            array[len(kept) - 1] = image
+        result = array[:len(kept)]
     if skipped:
-        logging.warning("Skipped %d of %d files in %s: %s.", len(skipped), len(paths), folder, _shown(skipped))
+        logging.warning("Skipped %d of %d files in %s: %s.", len(skipped), len(paths), folder,
+                        _shown(skipped))
     return result, kept
 
 
 def _load_all(paths: List[str], image_size: int) -> Iterator[Union[np.ndarray, image_files.Unusable]]:
+    """For each path its image, or why there is none; as many at a time as may wait in memory."""
     def load(path: str) -> Union[np.ndarray, image_files.Unusable]:
         try:
             with tf.device("CPU:0"):
@@ -218,8 +245,26 @@ def _load_all(paths: List[str], image_size: int) -> Iterator[Union[np.ndarray, i
             return error
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for start in range(0, len(paths), 1024):  # as many results at a time as may wait in memory
-            yield from pool.map(load, paths[start:start + 1024])
+        for start in range(0, len(paths), 1024):
+            with _no_chatter():
+                block = list(pool.map(load, paths[start:start + 1024]))
+            yield from block
+
+
+@contextlib.contextmanager
+def _no_chatter() -> Iterator[None]:
+    """Shut standard error under TensorFlow 2.6, whose C++ side says "Cleanup called..." there at each PNG."""
+    if not tf.__version__.startswith("2.6."):
+        yield
+        return
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _shown(names: List[str]) -> str:

@@ -1,7 +1,7 @@
 """One image file, of whatever origin, to pixels: PNG, JPEG, GIF (its first frame) or BMP.
 
-TensorFlow's decoders do the work. Before they see a file, its header is read here, because a file of a few kilobytes
-may claim, and then take, any amount of memory.
+TensorFlow's decoders do the work. Before they see a file, its header is read here, because a file of a few
+kilobytes may claim, and then take, any amount of memory.
 """
 import os
 import struct
@@ -21,8 +21,9 @@ class Unusable(Exception):
 def load(path: str, image_size: int) -> np.ndarray:
     """Read an image file as uint8 (image_size, image_size, 3).
 
-    Grey becomes RGB; what is transparent is laid over white. The largest square in the middle is taken and shrunk by
-    averaging areas, or enlarged bilinearly. The turn that a camera notes in a JPEG (EXIF) is ignored.
+    Grey becomes RGB; what is transparent is laid over white. The largest square in the middle is taken and
+    shrunk by averaging areas, or enlarged bilinearly. The turn that a camera notes in a JPEG (EXIF) is
+    ignored.
     Raises Unusable for a file that is no such image, damaged, or beyond the limits above.
     """
     try:
@@ -38,8 +39,8 @@ def load(path: str, image_size: int) -> np.ndarray:
 def decode(data: bytes, image_size: int = 0) -> np.ndarray:
     """Decode an image file's content to uint8 (height, width, 3). Raises Unusable.
 
-    A JPEG whose sides are many times `image_size` comes out smaller by a factor of 2, 4 or 8, which libjpeg does exactly
-    and in a fraction of the time; 0 means never.
+    A JPEG whose sides are at least 8 times `image_size` comes out smaller by a factor of 2, 4 or 8, but still
+    4 times that size: libjpeg averages areas by not decoding their details. With 0 it never does.
     """
     try:
         if data.startswith(b"\x89PNG\r\n\x1a\n") and data[12:16] == b"IHDR":
@@ -50,8 +51,10 @@ def decode(data: bytes, image_size: int = 0) -> np.ndarray:
         if data.startswith(b"\xff\xd8"):
             height, width = _jpeg_size(data)
             _check(width, height)
-            ratio = max([r for r in (1, 2, 4, 8) if image_size and min(height, width) >= 4 * r * image_size] or [1])
-            return tf.io.decode_jpeg(data, channels=3, ratio=ratio).numpy()
+            ratio = 1
+            while image_size and ratio < 8 and min(height, width) >= 8 * ratio * image_size:
+                ratio *= 2
+            return tf.io.decode_jpeg(data, channels=3, ratio=ratio, dct_method="INTEGER_ACCURATE").numpy()
         if data.startswith((b"GIF87a", b"GIF89a")):
             return tf.io.decode_gif(_first_frame(data)).numpy()[0]
         if data.startswith(b"BM"):
@@ -105,7 +108,7 @@ def _first_frame(data: bytes) -> bytes:
     position = 13 + _table_size(data[10])  # the header, the screen, its colours
     head, transparent = bytearray(data[:position]), None
     while data[position] == 0x21:  # an extension
-        if data[position + 1] == 0xf9 and data[position + 3] & 1:  # graphic control, with a transparent colour
+        if data[position + 1] == 0xf9 and data[position + 3] & 1:  # graphic control, transparent
             transparent = data[position + 6]
         position = _blocks_end(data, position + 2)
     if data[position] != 0x2c:
@@ -134,7 +137,9 @@ def _blocks_end(data: bytes, position: int) -> int:
 
 
 def _bmp_colours(image: np.ndarray, data: bytes) -> np.ndarray:
-    """RGB of a decoded BMP: TensorFlow leaves indices where there is a palette. A fourth channel is not alpha as a rule."""
+    """RGB of a decoded BMP: TensorFlow leaves indices where there is a palette. A fourth channel is not alpha
+    as a rule.
+    """
     if image.shape[2] != 1:
         return image[..., :3]
     start, end = 14 + struct.unpack_from("<I", data, 14)[0], struct.unpack_from("<I", data, 10)[0]

@@ -2,118 +2,138 @@
 
     python linearevaluation.py --encoder resnet18 --encoder_weights f_online_200.h5 --data_dir DIR
 
-trains a linear head on the frozen encoder for 50 epochs of cropped and flipped images, as the reference does. The last line
-is the accuracy over all test images, `Test Accuracy: 0.8692`; --output_dir gets result_linearevaluation.json.
---cached_features computes the features once and trains the head on them: minutes instead of hours on a CPU.
+trains a linear head on the frozen encoder for 50 epochs of cropped and flipped images, as the reference does.
+The last line is the accuracy over all test images, `Test Accuracy: 0.8692`; --output_dir gets
+result_linearevaluation.json. --cached_features computes the features once and trains the head on them:
+minutes instead of hours on a CPU.
 """
 import dataclasses
 import functools
 import time
 from typing import Any, List, Optional, Tuple
 
-import commands  # before TensorFlow, whose log level it sets
+import commands
+
+# isort: split
+
+import numpy as np
+import tensorflow as tf
+
 import datasets
 import evaluation
 import npu_config
-import numpy as np
 import schedules
-import tensorflow as tf
 from commands import flag
 
-# Adam's rate falls from 5e-2 to 5e-4 by a polynomial of this power (reference).
+# Adam's rate falls from 5e-2 to 5e-4, by a polynomial of power 2 (reference).
 POWER = 2.0
 LAST_RATE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(evaluation.Config):
-    """The settings of a linear evaluation: each is a flag, and all are saved with the result."""
+    """The settings of a linear evaluation: each is a flag, saved with the result."""
     num_epochs: int = flag(50, "Epochs to train the head (reference: 50).", low=1)
     batch_size: int = flag(512, "Images a step, over all devices (reference: 512).", low=1)
-    learning_rate: float = flag(5e-2, "At the start; it falls to a hundredth of it (reference: 5e-2 to 5e-4, power 2).", low=0)
-    label_smoothing: float = flag(0.1, "Of the training labels (ModelZoo README: 0.1; reference: 0).", low=0, high=1)
+    learning_rate: float = flag(5e-2, "Of Adam at the start; it falls to a hundredth of it (reference: 5e-2 "
+                                "to 5e-4, power 2).", low=0)
+    label_smoothing: float = flag(0.1, "Of the training labels (ModelZoo README: 0.1; reference: 0).",
+                                  low=0, high=1)
     cached_features: bool = flag(False, "Compute the features once and train the head on them.")
-    augmented_copies: int = flag(0, "With --cached_features: train on the features of so many cropped and flipped copies of the "
-                                 "images, in turn, one an epoch; 0: of the images as they are. With as many copies as epochs it "
-                                 "is the full protocol. CIFAR-10 takes 100 MB a copy at width 1.", low=0)
-    knn: bool = flag(False, "Tell the k-NN accuracy too (cosine, k = 200, temperature 0.1), in the line before the last.")
-    max_steps: Optional[int] = flag(None, "End in good order after so many steps; the schedule stays that of num_epochs.", low=1)
+    augmented_copies: int = flag(
+        0, "With --cached_features: train on the features of so many cropped and flipped copies of the "
+        "images, in turn, one an epoch; 0: of the images as they are. With as many copies as epochs it is "
+        "the full protocol. CIFAR-10 takes 100 MB a copy at width 1.", low=0)
+    knn: bool = flag(False, "Tell the k-NN accuracy too (cosine, k = 200, temperature 0.1), in the line "
+                     "before the last.")
+    max_steps: Optional[int] = flag(None, "End in good order after so many steps; the schedule stays that of "
+                                    "num_epochs.", low=1)
 
 
 def main() -> None:
     started = time.time()
     config = commands.from_flags(Config)
-    device, encoder = evaluation.start(config)
-    say = evaluation.printer(config, device)
+    device, encoder, say = evaluation.start(config)
     data = evaluation.load_data(config)
-    plain = None
-    if config.knn or config.cached_features and not config.augmented_copies:
-        say("Computing the features of %d training images..." % len(data.train_images))
-        plain = evaluation.features(encoder, data.train_images)
-
     batch_size = evaluation.batch_size_for(config.batch_size, len(data.train_images), device, say)
     steps_per_epoch = len(data.train_images) // batch_size
     total_steps = steps_per_epoch * config.num_epochs
     last_step = min(total_steps, config.max_steps or total_steps)
     first, rows = device.rows(batch_size)
-    with device.host():
-        if config.cached_features:
-            copies = [(plain, data.train_labels)]
-            if config.augmented_copies:
-                copies = augmented_features(encoder, data, min(config.augmented_copies, config.num_epochs), batch_size, config.seed, say)
+
+    plain = None  # type: Any
+    if config.knn or config.cached_features and not config.augmented_copies:
+        say("Computing the features of %d training images..." % len(data.train_images))
+        plain = evaluation.features(encoder, data.train_images)
+    if config.cached_features:
+        copies = [(plain, data.train_labels)]  # type: Copies
+        if config.augmented_copies:
+            number = min(config.augmented_copies, config.num_epochs)
+            copies = augmented_features(encoder, data, number, batch_size, config.seed, device, say)
+        with device.host():
             batches = cached_batches(copies, batch_size, config.seed, last_step, first, rows)
-        else:
-            batches = datasets.finetuning_batches(data.train_images, data.train_labels, batch_size, config.seed, 0, last_step,
-                                                  first, rows)
+    else:
+        with device.host():
+            batches = datasets.finetuning_batches(data.train_images, data.train_labels, batch_size,
+                                                  config.seed, 0, last_step, first, rows)
     rate = functools.partial(schedules.polynomial, base=config.learning_rate, total_steps=total_steps,
                              end=LAST_RATE * config.learning_rate, power=POWER)
     classifier = evaluation.Classifier(device, None if config.cached_features else encoder, encoder.features,
                                        len(data.class_names), rate, config.label_smoothing)
     training = time.time()
-    classifier.train(batches, last_step, steps_per_epoch, say)
+    classifier.train(batches, last_step, total_steps, steps_per_epoch, say)
     training = time.time() - training
 
     say("Computing the features of %d test images..." % len(data.test_images))
     test = evaluation.features(encoder, data.test_images)
-    accuracy = evaluation.top_k_accuracy(classifier.logits(test), data.test_labels, 1)
-    knn = None
+    figures = {"test_accuracy": evaluation.top_k_accuracy(classifier.logits(test), data.test_labels, 1),
+               "loss": float(classifier.loss.numpy()), "steps": last_step, "seconds_of_training": training}
     if config.knn:
-        knn = evaluation.knn_accuracy(plain, data.train_labels, test, data.test_labels, len(data.class_names))
-    evaluation.write_result("linearevaluation", config, device, data, started, {
-        "test_accuracy": accuracy, "knn": knn, "loss": float(classifier.loss.numpy()), "steps": last_step,
-        "seconds_of_training": training})
+        figures["knn"] = evaluation.knn_accuracy(plain, data.train_labels, test, data.test_labels,
+                                                 len(data.class_names))
+    evaluation.write_result("linearevaluation", config, device, data, started, figures)
     if device.is_chief:
         if config.knn:
-            print("k-NN Accuracy: %.4f" % knn)
-        print("Test Accuracy: %.4f" % accuracy, flush=True)
+            print("k-NN Accuracy: %.4f" % figures["knn"])
+        print("Test Accuracy: %.4f" % figures["test_accuracy"], flush=True)
 
 
 Copies = List[Tuple[np.ndarray, np.ndarray]]
 
 
-def augmented_features(encoder: Any, data: datasets.Data, copies: int, batch_size: int, seed: int, say: Any) -> Copies:
-    """Features and labels of the batches that the first epochs of the full protocol would train on, an epoch a copy."""
+def augmented_features(encoder: Any, data: datasets.Data, number: int, batch_size: int, seed: int,
+                       device: npu_config.Device, say: evaluation.Say) -> Copies:
+    """Features and labels of what the first epochs of the full protocol would train on, a copy an epoch."""
     steps = len(data.train_images) // batch_size
-    result = []
-    for copy in range(copies):
-        say("Computing the features of augmented copy %d of %d..." % (copy + 1, copies))
-        batches = datasets.finetuning_batches(data.train_images, data.train_labels, batch_size, seed, copy * steps,
-                                              (copy + 1) * steps)
-        features, labels = zip(*[(evaluation.inference(encoder, x).numpy(), y.numpy()) for x, y in batches])
-        result.append((np.concatenate(features), np.concatenate(labels)))
-    return result
+    copies = []
+    for epoch in range(number):
+        say("Computing the features of augmented copy %d of %d..." % (epoch + 1, number))
+        with device.host():
+            iterator = iter(datasets.finetuning_batches(data.train_images, data.train_labels, batch_size,
+                                                        seed, epoch * steps, (epoch + 1) * steps))
+        batches = []
+        for _ in range(steps):
+            with device.host():
+                images, labels = next(iterator)
+            batches.append((evaluation.inference(encoder, images), labels))
+        features, labels = (np.concatenate([part.numpy() for part in parts]) for parts in zip(*batches))
+        copies.append((features, labels))
+    return copies
 
 
-def cached_batches(copies: Copies, batch_size: int, seed: int, last_step: int, first: int, rows: int) -> tf.data.Dataset:
-    """The head's training as a pipeline: features (rows, d) float32 with labels (rows,), for steps 0..last_step - 1.
+def cached_batches(copies: Copies, batch_size: int, seed: int, last_step: int, first: int,
+                   rows: int) -> tf.data.Dataset:
+    """The head's training as a pipeline: features (rows, d) float32 with labels (rows,), a batch a step.
 
-    Epoch e goes through copy e modulo their number, in a fresh order; what is left of a batch at its end is dropped.
+    copies: features (n, d) and labels (n,) each. Epoch e goes through copy e modulo their number, in a fresh
+    order, and drops what is left over. first, rows: which rows of each batch to give.
     """
     n = len(copies[0][0])
+    steps_per_epoch = n // batch_size
     features, labels = (tf.constant(np.concatenate(part)) for part in zip(*copies))
     random = np.random.RandomState(seed)
-    epochs = -(-last_step // (n // batch_size))
-    order = [epoch % len(copies) * n + random.permutation(n)[:n // batch_size * batch_size] for epoch in range(epochs)]
+    order = [epoch % len(copies) * n + random.permutation(n)[:steps_per_epoch * batch_size]
+             for epoch in range(-(-last_step // steps_per_epoch))]
     indices = np.concatenate(order).reshape(-1, batch_size)[:last_step, first:first + rows].astype(np.int32)
     return tf.data.Dataset.from_tensor_slices(indices).map(
         lambda chosen: (tf.gather(features, chosen), tf.gather(labels, chosen))).prefetch(tf.data.AUTOTUNE)

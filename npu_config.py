@@ -2,16 +2,15 @@
 
 `open_device` is called once, early in each command, before any tensor or variable exists. The object it gives is all
 that the other modules know of devices: where variables live, how a step runs on every replica, how the loss is scaled
-and gradients are averaged, which rows of a batch are made here, who writes files.
+and gradients are averaged, which rows of a batch are made here, who writes files. What only the NPU needs is in ascend.py.
 
     python npu_config.py --check --npu_ops ops.txt
 
-tells, without an NPU, whether the training loop is one that an Ascend 910 can take whole (see `check_graph`).
+tells, without an NPU, whether the training loop is one that an Ascend 910 can take whole (see graph_check.py).
 """
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import os
 from typing import Any, Callable, ContextManager, Iterator, List, Optional, Sequence, Tuple
 
@@ -21,14 +20,10 @@ from absl import logging
 from commands import UserError, flag
 from models import keras
 
+# Flags that do nothing where there is no NPU; ModelZoo's scripts pass them as False.
+NPU_FLAGS = ("use_mixlist", "fusion_off_flag", "over_dump", "data_dump_flag", "profiling")
 PRECISION_MODES = ("allow_fp32_to_fp16", "allow_mix_precision", "allow_mix_precision_fp16", "allow_mix_precision_bf16",
                    "cube_fp16in_fp32out", "force_fp16", "force_fp32", "must_keep_origin_dtype")
-# What an Ascend 910 can train in: it has no bfloat16, and force_fp16 is for inference.
-NPU_MODES = ("allow_fp32_to_fp16", "allow_mix_precision", "allow_mix_precision_fp16", "cube_fp16in_fp32out",
-             "force_fp32", "must_keep_origin_dtype")
-MIXED_MODES = ("allow_mix_precision", "allow_mix_precision_fp16")
-INSTALL_NPU = ("install the wheel npu_device-2.6.5 of your CANN version under Python 3.7 to 3.9 with TensorFlow 2.6.5, add "
-               "its folder to PYTHONPATH, and run `source /usr/local/Ascend/cann/set_env.sh`; or use --device cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +35,13 @@ class Options:
         None, "Precision, by the NPU adapter's names. Default: allow_mix_precision on NPU (ModelZoo README) and GPU, "
         "must_keep_origin_dtype (float32) on CPU. allow_mix_precision on GPU is Keras's mixed_bfloat16 where the GPU has "
         "it, else mixed_float16; on CPU it is mixed_bfloat16.", choices=PRECISION_MODES)
-    loss_scale: str = flag("auto", "auto, dynamic, none, or a number. auto: dynamic where the precision is float16, else none.")
-    num_devices: int = flag(1, "GPUs (or logical CPU devices) of this machine to train on together.", low=1)
+    loss_scale: str = flag("auto", "auto, dynamic, none, or a number. auto: dynamic where something is computed in float16, else none.")
+    num_devices: int = flag(1, "GPUs (or logical CPU devices) of this machine to train on together. NPUs take one process each.", low=1)
     sync_batch_norm: bool = flag(True, "With several devices: BatchNorm statistics over the global batch, so that n devices "
                                  "compute what one would. On NPU they stay per device.")
-    jit_compile: bool = flag(False, "Compile the training loop with XLA; meant for the GPU.")
-    hcom_parallel: bool = flag(False, "NPU: overlap all-reduce and computation. Huawei's tuning guide advises False for small "
-                               "networks, naming ResNet-18; it matters on several devices only.")
+    jit_compile: bool = flag(False, "Compile the training loop with XLA; meant for the GPU, without effect on NPU.")
+    hcom_parallel: bool = flag(False, "NPU: overlap all-reduce and computation. ModelZoo's README has True; Huawei's tuning guide "
+                               "advises False for small networks, naming ResNet-18. It matters on several devices only.")
     use_mixlist: bool = flag(False, "NPU: use --mixlist_file (ModelZoo).")
     mixlist_file: str = flag("ops_info.json", "NPU: JSON with the operators to add to or remove from the mixed precision lists.")
     fusion_off_flag: bool = flag(False, "NPU: use --fusion_off_file (ModelZoo).")
@@ -65,7 +60,8 @@ class Device:
     """A CPU or GPU, or several as one through tf.distribute; the base of the NPU's.
 
     kind: 'cpu', 'gpu' or 'npu'. workers, worker_id: processes that train together, and which one this is.
-    replicas: devices that share each global batch, over all workers.
+    replicas: devices that share each global batch, over all workers. half: what is computed in where the precision mode
+    allows it, 'float16', 'bfloat16' or None. advice: a line that the user should see once, or None.
     """
 
     def __init__(self, kind: str, strategy: Any, options: Options) -> None:
@@ -78,6 +74,7 @@ class Device:
         self.workers = len(resolver.cluster_spec().as_dict()["worker"]) if multi_worker else 1
         self.worker_id = resolver.task_id if multi_worker else 0
         self.half = None  # type: Optional[str]
+        self.advice = None  # type: Optional[str]
 
     # Placement
 
@@ -86,12 +83,17 @@ class Device:
         """Whether this process writes files and prints."""
         return self.worker_id == 0
 
+    @property
+    def restores(self) -> bool:
+        """Whether this process reads checkpoints itself, rather than be given the chief's values by `broadcast`."""
+        return True
+
     def scope(self) -> ContextManager[Any]:
         """Where networks and the optimiser are made."""
         return self.strategy.scope()
 
     def host(self) -> ContextManager[Any]:
-        """Where data sets are made, whatever the default device is."""
+        """Where data sets and what they hold are made, whatever the default device is. Networks cannot run inside."""
         return tf.device("CPU:0")
 
     def keep_float32(self) -> ContextManager[Any]:
@@ -154,9 +156,10 @@ class Device:
         `loss` is as `scale_loss` gave it, made under `tape`.
         """
         gradients = tape.gradient(loss, weights)
-        if hasattr(optimizer, "get_unscaled_gradients"):
-            gradients = optimizer.get_unscaled_gradients(gradients)
-        self._apply(optimizer, gradients, weights)
+        with self.keep_float32():
+            if hasattr(optimizer, "get_unscaled_gradients"):
+                gradients = optimizer.get_unscaled_gradients(gradients)
+            self._apply(optimizer, gradients, weights)
 
     def _apply(self, optimizer: Any, gradients: List[tf.Tensor], weights: Sequence[tf.Variable]) -> None:
         if self.replicas > 1:
@@ -175,7 +178,7 @@ class Device:
         """Announce how many steps the next call of the training loop takes; only the NPU wants to know."""
 
     def broadcast(self, variables: Sequence[tf.Variable]) -> None:
-        """Give every worker the chief's values. tf.distribute does so as variables are made."""
+        """Give every worker the chief's values, once they are as the training starts from. tf.distribute does so by itself."""
 
     def rows(self, batch_size: int) -> Tuple[int, int]:
         """(first, count): the rows of each global batch that this worker makes. UserError if they do not come out even."""
@@ -195,59 +198,6 @@ class Device:
         return iter(self.strategy.distribute_datasets_from_function(lambda context: batches))
 
 
-class NpuDevice(Device):
-    """An Ascend 910 through npu_device, one a process; several through HCCL. Made from the adapter's documentation and
-    from runs on an emulated engine; not tried on hardware."""
-
-    def __init__(self, npu: Any, handle: Any, options: Options, half: Optional[str]) -> None:
-        super().__init__("npu", tf.distribute.get_strategy(), options)
-        self.npu = npu
-        self.workers = self.replicas = handle.workers_num
-        self.worker_id = handle.worker_id
-        self.half = half
-        self._loop_size = 0
-
-    def host(self) -> ContextManager[Any]:
-        from tensorflow.python.eager import context  # tf.device is a no-op once the NPU is the default device
-
-        return context.device("CPU:0")
-
-    def keep_float32(self) -> ContextManager[Any]:
-        return self.npu.keep_dtype_scope()
-
-    def describe(self) -> str:
-        return "NPU in %s%s" % (self.options.precision_mode or "allow_mix_precision",
-                                ", %d replicas" % self.replicas if self.replicas > 1 else "")
-
-    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return tf.function(function)
-
-    def run(self, function: Callable[..., Any], args: Tuple[Any, ...]) -> Any:
-        return function(*args)
-
-    def _loss_scale_optimizer(self) -> Any:
-        # An overflow on the 910 saturates instead of giving Inf, so Keras's own loss scaling would not see it.
-        return self.npu.train.optimizer.NpuLossScaleOptimizer
-
-    def _apply(self, optimizer: Any, gradients: List[tf.Tensor], weights: Sequence[tf.Variable]) -> None:
-        if self.workers > 1:
-            gradients = self.npu.distribute.all_reduce(gradients, reduction="mean")
-        optimizer.apply_gradients(zip(gradients, weights))
-
-    def set_loop_size(self, steps: int) -> None:
-        # An npu-loop takes exactly this many steps and batches, whatever the range in the graph says.
-        if steps != self._loop_size:
-            self.npu.set_npu_loop_size(steps)
-            self._loop_size = steps
-
-    def broadcast(self, variables: Sequence[tf.Variable]) -> None:
-        if self.workers > 1:
-            self.npu.distribute.broadcast(list(variables), root_rank=0)
-
-    def iterate(self, batches: tf.data.Dataset) -> Iterator[Any]:
-        return iter(batches)
-
-
 def open_device(options: Options) -> Device:
     """Open the device that the flags ask for; UserError if it is not there or does not know the precision.
 
@@ -255,14 +205,20 @@ def open_device(options: Options) -> Device:
     """
     if options.auto_tune:
         logging.warning("--auto_tune has no effect: the current NPU adapter no longer has it.")
-    if options.device == "npu":
-        return _open_npu(options)
-    if options.device == "auto" and importlib.util.find_spec("npu_device"):
+    if options.device == "npu" or options.device == "auto" and importlib.util.find_spec("npu_device"):
+        import ascend  # only now: elsewhere there is no adapter to import
+
         try:
-            return _open_npu(options)
-        except UserError as error:
-            logging.warning("Going on without the NPU: %s", error)
-    return _open_host(options)
+            return ascend.open_npu(options)
+        except ascend.NoDeviceError as error:
+            if options.device == "npu":
+                raise
+            logging.warning("Going on without the NPU. %s", error)
+    for name in NPU_FLAGS:
+        if getattr(options, name):
+            logging.warning("--%s has no effect without an NPU.", name)
+    with commands.quiet_start():
+        return _open_host(options)
 
 
 def _open_host(options: Options) -> Device:
@@ -271,41 +227,38 @@ def _open_host(options: Options) -> Device:
     if options.device == "gpu" and not gpus:
         raise UserError("--device gpu, but TensorFlow %s sees no GPU here; use --device cpu, or install a TensorFlow with "
                         "CUDA: pip install 'tensorflow[and-cuda]'." % tf.__version__)
-    kind = "gpu" if gpus else "cpu"
-    half = _half(options, gpus)
+    half, advice = _half(options, gpus)
     if options.device == "cpu":
         tf.config.set_visible_devices([], "GPU")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
-    device = Device(kind, _strategy(options, gpus), options)
-    device.half = half
+    device = Device("gpu" if gpus else "cpu", _strategy(options, gpus), options)
+    device.half, device.advice = half, advice
     keras.mixed_precision.set_global_policy("mixed_" + half if half else "float32")
     return device
 
 
-def _half(options: Options, gpus: Sequence[Any]) -> Optional[str]:
-    """'float16', 'bfloat16' or None: what CPU or GPU compute in where the precision mode allows it."""
+def _half(options: Options, gpus: Sequence[Any]) -> Tuple[Optional[str], Optional[str]]:
+    """What CPU or GPU compute in where the precision mode allows it, and what to tell the user about it."""
     mode = options.precision_mode or ("allow_mix_precision" if gpus else "must_keep_origin_dtype")
     if mode not in ("allow_mix_precision", "must_keep_origin_dtype"):
         raise UserError("--precision_mode %s is known to the NPU only; on %s give allow_mix_precision or "
                         "must_keep_origin_dtype." % (mode, "GPU" if gpus else "CPU"))
     if gpus:
         if mode == "must_keep_origin_dtype":
-            return None
+            return None, None
         details = tf.config.experimental.get_device_details(gpus[0])
-        return "bfloat16" if details.get("compute_capability", (0, 0)) >= (8, 0) else "float16"
+        return "bfloat16" if details.get("compute_capability", (0, 0)) >= (8, 0) else "float16", None
     fast = _processor_has_bfloat16()
-    modern = keras is not tf.keras or hasattr(keras.utils, "set_random_seed")  # 2.6.5 has no bfloat16 convolution
-    if mode == "allow_mix_precision":
-        if not modern:
-            raise UserError("--precision_mode allow_mix_precision: TensorFlow %s has no bfloat16 convolutions on the CPU; use "
-                            "must_keep_origin_dtype here, or a current TensorFlow." % tf.__version__)
-        if not fast:
-            logging.warning("This processor has no bfloat16 instructions: allow_mix_precision will be slower than float32.")
-        return "bfloat16"
-    if fast and modern and options.precision_mode is None:
-        logging.info("This processor has bfloat16 instructions: --precision_mode allow_mix_precision would be faster.")
-    return None
+    able = hasattr(keras.utils, "set_random_seed")  # of Keras 2.7; TensorFlow 2.6.5 has no bfloat16 convolution on the CPU
+    if mode == "must_keep_origin_dtype":
+        return None, ("This processor has bfloat16 instructions: --precision_mode allow_mix_precision would be faster."
+                      if fast and able and not options.precision_mode else None)
+    if not able:
+        raise UserError("--precision_mode allow_mix_precision: TensorFlow %s has no bfloat16 convolutions on the CPU; use "
+                        "must_keep_origin_dtype here, or a current TensorFlow." % tf.__version__)
+    return "bfloat16", None if fast else ("This processor has no bfloat16 instructions: --precision_mode "
+                                          "allow_mix_precision is slower than must_keep_origin_dtype here.")
 
 
 def _processor_has_bfloat16() -> bool:
@@ -333,61 +286,8 @@ def _strategy(options: Options, gpus: Sequence[Any]) -> Any:
     return tf.distribute.MirroredStrategy(["CPU:%d" % i for i in range(options.num_devices)])
 
 
-def _open_npu(options: Options) -> Device:
-    """The Ascend 910: options first, then open(), then as_default(). UserError if any of it cannot be."""
-    mode = options.precision_mode or "allow_mix_precision"
-    if mode not in NPU_MODES:
-        raise UserError("--precision_mode %s: an Ascend 910 trains in one of %s." % (mode, ", ".join(NPU_MODES)))
-    os.environ.setdefault("JOB_ID", "byol")
-    try:
-        import npu_device as npu
-    except Exception as error:  # a missing package, a missing CANN library, or a TensorFlow that it was not built for
-        raise UserError("--device npu: cannot import npu_device under TensorFlow %s (%s); %s."
-                        % (tf.__version__, " ".join(str(error).split()), INSTALL_NPU))
-    try:
-        _set_npu_options(npu.global_options(), options, mode)
-        handle = npu.open().as_default()
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError("--device npu: the NPU adapter refused (%s); see the plog files under $HOME/ascend/log, or use "
-                        "--device cpu." % " ".join(str(error).split()))
-    half = "float16" if mode in MIXED_MODES + ("allow_fp32_to_fp16",) else None
-    return NpuDevice(npu, handle, options, half)
+if __name__ == "__main__":
+    import graph_check
 
-
-def _set_npu_options(target: Any, options: Options, mode: str) -> None:
-    """Set what we rely on, and only that: defaults differ between versions of the adapter, and so do the names it has."""
-    target.precision_mode = mode
-    target.graph_run_mode = 1
-    target.hcom_parallel = options.hcom_parallel
-    if options.use_mixlist:
-        if mode not in MIXED_MODES:
-            raise UserError("--use_mixlist goes with --precision_mode allow_mix_precision, not with %s." % mode)
-        target.modify_mixlist = _existing("mixlist_file", options.mixlist_file)
-    if options.fusion_off_flag:
-        target.fusion_switch_file = _existing("fusion_off_file", options.fusion_off_file)
-    if options.over_dump and options.data_dump_flag:
-        raise UserError("--over_dump and --data_dump_flag cannot be used together; choose one.")
-    if options.over_dump:
-        target.dump_config.enable_dump_debug = True
-        target.dump_config.dump_path = _folder(options.over_dump_path)
-        target.dump_config.dump_debug_mode = "all"
-    if options.data_dump_flag:
-        target.dump_config.enable_dump = True
-        target.dump_config.dump_path = _folder(options.data_dump_path)
-        target.dump_config.dump_step = options.data_dump_step
-        target.dump_config.dump_mode = "all"
-    if options.profiling:
-        target.profiling_config.enable_profiling = True
-        target.profiling_config.profiling_options = json.dumps(
-            {"output": _folder(options.profiling_dump_path), "training_trace": "on", "task_trace": "on"})
-
-
-def _existing(name: str, path: str) -> str:
-    if not os.path.isfile(path):
-        raise UserError("--%s: there is no file %s." % (name, path))
-    return os.path.abspath(path)
-
-
-def _folder(path: str) -> str:
-    """The adapter wants these folders to exist."""
-    return commands.make_folder(os.path.abspath(path))
+    commands.define_flags(graph_check.Config)
+    commands.run(graph_check.main)

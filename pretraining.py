@@ -6,6 +6,7 @@ trains on CIFAR-10 and writes into --output_dir: f_online_<epoch>.h5 (the encode
 loss), config.json (these settings), metrics.json and result.json (figures), checkpoints/ (to go on from: start the same
 command again). Without data: --dataset shapes.
 """
+import contextlib
 import dataclasses
 import functools
 import os
@@ -141,8 +142,9 @@ class Byol(tf.Module):
 
     def broadcast(self) -> None:
         """Give every worker the chief's weights, statistics and optimiser slots."""
-        everything = list(self.variables) + self.optimizer.variables()
-        self._device.broadcast([variable for variable in everything if variable.dtype == tf.float32])
+        scale = getattr(self.optimizer, "_loss_scale", None)
+        scaling = [scale.current_loss_scale, scale.counter] if hasattr(scale, "counter") else []  # not if there is none, or it is fixed
+        self._device.broadcast(list(self.variables) + self.optimizer.variables() + scaling)
 
     def _train_loop(self, iterator: Iterator[Any], n: tf.Tensor) -> None:
         """Take n steps (scalar int32) on the next n elements of the iterator, each (x1, x2).
@@ -180,9 +182,10 @@ class Byol(tf.Module):
     def _update_target(self) -> None:
         """target <- m * target + (1 - m) * online, for every weight of f and g, moving statistics included."""
         m = self._config.target_momentum
-        for online, target in ((self.f_online, self.f_target), (self.g_online, self.g_target)):
-            for source, goal in zip(online.weights, target.weights):
-                goal.assign(m * goal + (1 - m) * source)
+        with self._device.keep_float32():  # float16 would round the small changes away
+            for online, target in ((self.f_online, self.f_target), (self.g_online, self.g_target)):
+                for source, goal in zip(online.weights, target.weights):
+                    goal.assign(m * goal + (1 - m) * source)
 
 
 class Run:
@@ -219,11 +222,13 @@ class Run:
         self.say("The encoders have %d trainable parameters each." % models.count_parameters(self.learner.f_online))
         self.say("Using Adam optimizer with learning rate %s."
                  % schedules.scaled_learning_rate(self.config.learning_rate, self.config.batch_size))
-        state = dict(self.learner.state(), history=self.history)
-        folder = self.path("checkpoints")
-        os.makedirs(folder, exist_ok=True)
-        self.checkpoints = checkpoints.Checkpoints(folder, state, self.config.keep_checkpoint_max)
-        restored = self.checkpoints.restore()
+        restored = None
+        if self.device.restores:
+            state = dict(self.learner.state(), history=self.history)
+            folder = self.path("checkpoints")
+            os.makedirs(folder, exist_ok=True)
+            self.checkpoints = checkpoints.Checkpoints(folder, state, self.config.keep_checkpoint_max)
+            restored = self.checkpoints.restore()
         self.learner.broadcast()
         if restored:
             self.say("Resuming from step %d of %d (%s)." % (self.step, self.total_steps, restored))
@@ -337,13 +342,17 @@ def main() -> None:
     config = _consistent(config)
     logging.set_verbosity(logging.INFO if config.verbose else logging.WARNING)
     started = time.time()
-    commands.make_folder(config.output_dir)
-    with commands.only_run_in(config.output_dir):
-        device = npu_config.open_device(config)
-        device.set_seed(config.seed)
+    device = npu_config.open_device(config)
+    device.set_seed(config.seed)
+    with contextlib.ExitStack() as stack:
+        if device.is_chief:  # the others neither write nor need the folder
+            commands.make_folder(config.output_dir)
+            stack.enter_context(commands.only_run_in(config.output_dir))
         data = datasets.load(config.dataset, config.data_dir, image_size=config.image_size,
                              test_fraction=config.test_fraction, seed=config.seed)
         run = Run(config, device, data)
+        if device.advice:
+            run.say(device.advice)
         if device.is_chief:
             free = FREE | ({"num_epochs"} if config.lr_schedule == "constant" else set())
             settings = dict(dataclasses.asdict(config), train_images=len(data.train_images))

@@ -1,7 +1,8 @@
 """An embedded data set of simple shapes, made from a seed, so that everything can be tried with no download.
 
-Ten classes of shapes at random place, size, turn and colour over random textured backgrounds. Colour, area and place
-are drawn before the class and from the same distributions for all classes, so that only the outline tells the class.
+Ten classes of shapes at random place, size, turn and colour over random textured backgrounds. Colour, area
+and place are drawn before the class and from the same distributions for all classes, so that only the outline
+tells the class.
 """
 from typing import Dict, List, Tuple
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from commands import UserError
 
-# Corners of the shapes that are polygons; each is later scaled to the wanted area, so their size here is arbitrary.
+# Corners of the shapes that are polygons; each is later scaled to the wanted area, so their size here is
+# arbitrary.
 _STAR = [(r * np.sin(a), r * np.cos(a)) for a, r in zip(np.arange(10) * np.pi / 5, [1.0, 0.4] * 5)]
 POLYGONS: Dict[str, List[Tuple[float, float]]] = {
     "triangle": [(0.0, 1.0), (0.866, -0.5), (-0.866, -0.5)],
@@ -29,10 +31,11 @@ _CHUNK_PIXELS = 1 << 19  # pixels drawn at a time, which bounds the memory for i
 
 
 def signed_distance(kind: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Distance of the points (x, y) from the outline of a shape centred at 0: negative inside, positive outside.
+    """Distance of the points (x, y) from the outline of a shape centred at 0: negative inside, positive
+    outside.
 
-    The formula for polygons is that of https://iquilezles.org/articles/distfunctions2d: the least distance to an edge,
-    its sign by counting the edges that a ray crosses.
+    The formula for polygons is that of https://iquilezles.org/articles/distfunctions2d: the least distance to
+    an edge, its sign by counting the edges that a ray crosses.
     """
     if kind == "circle":
         return np.hypot(x, y) - 1
@@ -41,7 +44,7 @@ def signed_distance(kind: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if kind == "crescent":
         return np.maximum(np.hypot(x, y) - 1, 0.85 - np.hypot(x - 0.55, y))
     corners = np.array(POLYGONS[kind])
-    squared, sign = np.inf, np.ones_like(x)
+    squared, sign = np.full_like(x, np.inf), np.ones_like(x)
     for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0)):
         ex, ey, wx, wy = x1 - x0, y1 - y0, x - x0, y - y0
         along = np.clip((wx * ex + wy * ey) / (ex * ex + ey * ey), 0, 1)
@@ -62,12 +65,12 @@ def _area_and_radius(kind: str) -> Tuple[float, float]:
 def make(number: int, seed: Tuple[int, int], image_size: int = 32) -> Tuple[np.ndarray, np.ndarray]:
     """Draw `number` images; the same seed gives the same images.
 
-    Returns uint8 images (number, image_size, image_size, 3) and int64 labels (number,), whose classes are equally
-    frequent to within one. Raises UserError if an image cannot hold a shape.
+    Returns uint8 images (number, image_size, image_size, 3) and int64 labels (number,), whose classes are
+    equally frequent to within one. Raises UserError if an image cannot hold a shape.
     """
     if number < 1 or image_size < 16:
-        raise UserError("The shapes data set was asked for %d images of %d x %d pixels; it needs at least 1 image of "
-                        "16 x 16." % (number, image_size, image_size))
+        raise UserError("The shapes data set was asked for %d images of %d x %d pixels; it needs at least 1 "
+                        "image of 16 x 16." % (number, image_size, image_size))
     random = np.random.RandomState(seed)
     labels = random.permutation(np.arange(number) % len(CLASS_NAMES))
     images = np.empty((number, image_size, image_size, 3), np.uint8)
@@ -89,7 +92,8 @@ def _draw(labels: np.ndarray, random: np.random.RandomState, size: int, measures
     colour = colours[np.arange(n), farthest][:, None, None]
 
     area = size ** 2 * np.exp(random.uniform(np.log(SMALLEST_AREA), np.log(LARGEST_AREA), n))
-    # The widest class at this area decides how far from the middle a shape may lie, so that place tells no class.
+    # The widest class at this area decides how far from the middle a shape may lie, so that place tells no
+    # class.
     widest = np.max(measures[:, 1] / np.sqrt(measures[:, 0]))
     room = np.maximum(size / 2 - widest * np.sqrt(area), 0)
     centre = size / 2 + random.uniform(-1, 1, (2, n)) * room
@@ -111,7 +115,9 @@ def _draw(labels: np.ndarray, random: np.random.RandomState, size: int, measures
 
 
 def _background(n: int, random: np.random.RandomState, size: int) -> Tuple[np.ndarray, np.ndarray]:
-    """Random colours with waves over them: (n, size, size, 3), and the colours alone, (n, 3), all about [0, 1]."""
+    """Random colours with waves over them: (n, size, size, 3), and the colours alone, (n, 3), all about [0,
+    1].
+    """
     base = random.uniform(0, 1, (n, 3))
     background = np.tile(base[:, None, None], (1, size, size, 1))
     place = np.arange(size) / size

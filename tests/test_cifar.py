@@ -10,17 +10,18 @@ import tracemalloc
 import types
 import warnings
 
-import cifar
 import numpy as np
 import pytest
-from commands import UserError
 
+import cifar
 import datasets
+from commands import UserError
 
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
-# Pickles as the authors wrote them, by Python 2: str is bytes, arrays are of NumPy 1, and everything is remembered.
+# Pickles as the authors wrote them, by Python 2: str is bytes, arrays are of NumPy 1, and everything is
+# remembered.
 
 def py2_str(data):
     return b"U" + bytes([len(data)]) + data if len(data) < 256 else b"T" + struct.pack("<I", len(data)) + data
@@ -35,14 +36,15 @@ def py2_list(items):
 
 
 def py2_array(array, code=b"u1", fortran=False):
-    return (b"cnumpy.core.multiarray\n_reconstruct\nq\x07cnumpy\nndarray\nq\x08K\x00\x85U\x01b\x87Rq\x09(K\x01"
-            + b"".join(py2_int(n) for n in array.shape) + b"\x86cnumpy\ndtype\nq\x0aU\x02" + code
+    return (b"cnumpy.core.multiarray\n_reconstruct\nq\x07cnumpy\nndarray\nq\x08K\x00\x85U\x01b\x87Rq\x09"
+            + b"(K\x01" + b"".join(py2_int(n) for n in array.shape) + b"\x86cnumpy\ndtype\nq\x0aU\x02" + code
             + b"K\x00K\x01\x87Rq\x0b(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
             + (b"\x88" if fortran else b"\x89") + py2_str(array.tobytes("F" if fortran else "C")) + b"tb")
 
 
 def py2_dict(**items):
-    return b"\x80\x02}q\x01(" + b"".join(py2_str(key.encode()) + value for key, value in items.items()) + b"u."
+    pairs = [py2_str(key.encode()) + value for key, value in items.items()]
+    return b"\x80\x02}q\x01(" + b"".join(pairs) + b"u."
 
 
 def batch(images, labels, key="labels", **array):
@@ -119,8 +121,10 @@ def test_every_place_gives_the_same(official, tmp_path, monkeypatch):
     cached = tmp_path / "keras" / "datasets"
     cached.mkdir(parents=True)
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
-    os.rename(archive, str(cached / "cifar-10-batches-py.tar.gz"))
-    check(datasets.load("cifar10"))
+    for name in ("cifar-10-batches-py.tar.gz", "cifar-10-python.tar.gz"):
+        os.rename(archive, str(cached / name))
+        check(datasets.load("cifar10"))
+        os.rename(str(cached / name), archive)
 
 
 def test_arrays_in_either_order_and_a_subset(official):
@@ -154,25 +158,26 @@ def test_damaged_and_foreign_files_are_named(official):
     path = official / "cifar-10-batches-py" / "data_batch_2"
     whole = path.read_bytes()
     images = some_images(4, 0)
+    array = py2_array(images[:1].reshape(1, -1))
     for content, reason in (
             (b"", "EOFError"), (b"not a pickle", ""), (b"\x89PNG\r\n", ""), (b"}.", "no list of labels"),
             (pickle.dumps([1, 2], 2), "no dictionary"),
-            (batch(images, [1, 2, 3]), "3 labels want images of shape"),
-            (batch(images, [0, 1, 2, 10]), "labels run from 0 to 10 instead of 0 to 9"),
-            (batch(images, [0, 1, 2, -1]), "labels run from -1 to 2"),
+            (batch(images, [1, 2, 3]), "3 labels, but no images of the shape 3 x 3072"),
+            (batch(images, [0, 1, 2, 10]), "labels outside of 0 to 9"),
+            (batch(images, [0, 1, 2, -1]), "labels outside of 0 to 9"),
             (batch(images, [1] * 4, code=b"i1"), "no array of uint8"),
             (batch(images, [1] * 4, code=b"O8"), "no array of uint8"),
-            (batch(images[:, :16], [1] * 4), "shape (4, 3072), not (4, 1536)"),
+            (batch(images[:, :16], [1] * 4), "no images of the shape 4 x 3072"),
             (batch(images, [], "labels"), "no list of labels"),
             (batch(images, [1] * 4, "fine_labels"), "no list of labels"),
-            (py2_dict(labels=py2_list([b"\x88"]), data=py2_array(images[:1])), "no list of labels"),  # True
-            (py2_dict(labels=py2_list([b"F1.0\n"]), data=py2_array(images[:1])), "no list of labels"),
+            (py2_dict(labels=py2_list([b"\x88"]), data=array), "no list of labels"),  # True
+            (py2_dict(labels=py2_list([b"F1.0\n"]), data=array), "no list of labels"),
             (py2_dict(labels=py2_list([b"K\x01"]), data=py2_str(bytes(3072))), "no array of uint8"),
-            (whole.replace(struct.pack("<i", 3072), struct.pack("<i", 2 ** 31 - 1)), "not (4, 2147483647)")):
+            (whole.replace(struct.pack("<i", 3072), struct.pack("<i", 2 ** 31 - 1)), "no images of")):
         path.write_bytes(content)
         message = refused("cifar10", str(official))
-        assert "%s is damaged or no CIFAR-10 file" % path in message and cifar.LAYOUTS["cifar10"].url in message
-        assert reason in message
+        for part in ("%s is damaged or no CIFAR-10 file" % path, reason, cifar.LAYOUTS["cifar10"].url):
+            assert part in message
     path.write_bytes(whole)
     check(datasets.load("cifar10", str(official)))
 
@@ -198,7 +203,8 @@ def attacks(path):
     command = "touch %s" % path
     call = b"(S'%s'\ntR" % command.encode()
     system = b"cposix\nsystem\n" + call
-    modern = b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c" + bytes([len(command)]) + command.encode() + b"\x85R."
+    short = bytes([len(command)]) + command.encode()
+    modern = b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c" + short + b"\x85R."
     array = py2_array(some_images(1, 0).reshape(1, -1))
     return {
         "os.system": b"\x80\x02cos\nsystem\n" + call + b".",
@@ -322,18 +328,19 @@ def test_downloading(official, tmp_path, monkeypatch, capsys):
         raise Exception("URL fetch failure on %s: None --\n unreachable" % name)
 
     def provide(function):
-        fake = types.SimpleNamespace(keras=types.SimpleNamespace(utils=types.SimpleNamespace(get_file=function)))
+        utils = types.SimpleNamespace(get_file=function)
+        fake = types.SimpleNamespace(keras=types.SimpleNamespace(utils=utils))
         monkeypatch.setitem(sys.modules, "models", fake)
 
     provide(get_file)
     check(datasets.load("cifar10"))
-    assert asked == [("cifar-10-python.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "sha256", 64,
-                      str(tmp_path / "keras"))]
+    assert asked == [("cifar-10-python.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+                      "sha256", 64, str(tmp_path / "keras"))]
     provide(fail)
     empty = tmp_path / "empty"
     empty.mkdir()
     message = refused("cifar10", str(empty))
-    for part in (str(empty), str(tmp_path / "keras"), "unreachable", cifar.LAYOUTS["cifar10"].url, "--data_dir",
-                 "--dataset shapes"):
+    for part in (str(empty), str(tmp_path / "keras"), "unreachable", cifar.LAYOUTS["cifar10"].url,
+                 "--data_dir", "--dataset shapes"):
         assert part in message
     assert capsys.readouterr().out == ""

@@ -1,11 +1,11 @@
-"""The pipelines: what a batch holds is a function of seed and step, whoever makes it and from wherever it is begun."""
-import augmentation
+"""The pipelines: what a batch holds is a function of seed and step, whoever makes it, from wherever."""
 import numpy as np
 import pytest
 import tensorflow as tf
-from commands import UserError
 
+import augmentation
 import datasets
+from commands import UserError
 
 N, BATCH = 23, 5  # four batches an epoch, and three images left over
 STEPS = N // BATCH
@@ -89,8 +89,9 @@ def test_no_two_views_share_a_seed():
 def test_shapes_are_static(shapes):
     for batches in (datasets.pretraining_batches(shapes.train_images, BATCH, 0, 0, 1),
                     datasets.pretraining_batches(shapes.train_images, BATCH + 2, 0, 0, 1, 1, BATCH)):
-        assert [(spec.shape, spec.dtype) for spec in batches.element_spec] == [((BATCH, 32, 32, 3), tf.float32)] * 2
-    view, label = datasets.finetuning_batches(shapes.train_images, shapes.train_labels, BATCH, 0, 0, 1).element_spec
+        assert batches.element_spec == (tf.TensorSpec((BATCH, 32, 32, 3), tf.float32),) * 2
+    batches = datasets.finetuning_batches(shapes.train_images, shapes.train_labels, BATCH, 0, 0, 1)
+    view, label = batches.element_spec
     assert view.shape == (BATCH, 32, 32, 3) and label.shape == (BATCH,) and label.dtype == tf.int64
 
 
@@ -106,13 +107,12 @@ def test_a_run_begun_anywhere_has_the_same_bits(shapes):
 
 def test_workers_make_the_parts_of_one_batch(shapes):
     whole = list(datasets.pretraining_batches(shapes.train_images, 12, 5, 1, 3))
-    for rows in (3, 6):
-        parts = [list(datasets.pretraining_batches(shapes.train_images, 12, 5, 1, 3, first, rows))
-                 for first in range(0, 12, rows)]
-        for step in range(2):
-            for view in range(2):
-                joined = np.concatenate([part[step][view] for part in parts])
-                np.testing.assert_allclose(joined, whole[step][view], atol=1e-5)
+    parts = [list(datasets.pretraining_batches(shapes.train_images, 12, 5, 1, 3, first, 4))
+             for first in (0, 4, 8)]
+    for step in range(2):
+        for view in range(2):
+            joined = np.concatenate([part[step][view] for part in parts])
+            np.testing.assert_allclose(joined, whole[step][view], atol=1e-5)
 
 
 def test_labels_stay_with_their_images(numbered):
@@ -138,7 +138,8 @@ def test_finetuning_crops_but_leaves_colours(shapes):
 def test_evaluation_has_every_image_once_in_order(shapes, batch_size):
     batches = list(datasets.evaluation_batches(shapes.train_images, batch_size))
     assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
-    np.testing.assert_array_equal(np.concatenate(batches), shapes.train_images.astype(np.float32) / np.float32(255))
+    expected = shapes.train_images.astype(np.float32) / np.float32(255)
+    np.testing.assert_array_equal(np.concatenate(batches), expected)
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, N + 1])
@@ -173,4 +174,4 @@ def test_what_load_refuses(tmp_path):
 
 
 # Drawn once with TensorFlow 2.6.5: a run can change its TensorFlow in the middle and keep its data.
-ORDER_OF_SEED_7_EPOCH_3 = [5, 3, 9, 2, 8, 4]
+ORDER_OF_SEED_7_EPOCH_3 = [5, 3, 9, 2, 8, 4, 0, 1, 6, 7]

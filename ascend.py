@@ -1,0 +1,224 @@
+"""The Ascend 910 through Huawei's adapter npu_device: one device a process, several processes through HCCL.
+
+Only npu_config imports this module, and only where an NPU is wanted: importing the adapter takes the device's libraries.
+Built from the adapter's documentation and source and from runs over an emulated graph engine; not tried on hardware.
+"""
+import json
+import os
+from typing import Any, Callable, ContextManager, Iterator, List, Optional, Sequence, Tuple
+
+import commands
+import npu_config
+import tensorflow as tf
+from absl import logging
+from commands import UserError
+
+# What an Ascend 910 can train in: it has no bfloat16, and force_fp16 is for inference.
+MODES = ("allow_fp32_to_fp16", "allow_mix_precision", "allow_mix_precision_fp16", "cube_fp16in_fp32out", "force_fp32",
+         "must_keep_origin_dtype")
+MIXED_MODES = ("allow_mix_precision", "allow_mix_precision_fp16")
+DEFAULT_MODE = "allow_mix_precision"
+INSTALL = ("install TensorFlow 2.6.5 under Python 3.7 to 3.9 and the wheel npu_device-2.6.5 that belongs to your CANN, add the "
+           "wheel's folder to PYTHONPATH, and run `source /usr/local/Ascend/cann/set_env.sh`; or use --device cpu")
+
+
+class NoDeviceError(UserError):
+    """There is no adapter, or it finds no NPU; --device auto goes on without."""
+
+
+class NpuDevice(npu_config.Device):
+    """One Ascend 910, and through HCCL the others that train with it.
+
+    npu: the adapter's module; handle: what its open() gave; mode: one of MODES.
+    """
+
+    def __init__(self, npu: Any, handle: Any, mode: str, options: npu_config.Options) -> None:
+        super().__init__("npu", tf.distribute.get_strategy(), options)
+        self.npu = npu
+        self.handle = handle
+        self.mode = mode
+        self.workers = self.replicas = handle.workers_num
+        self.worker_id = handle.worker_id
+        # In every other mode matrix products and convolutions take float16, so that small gradients could vanish.
+        self.half = None if mode == "must_keep_origin_dtype" else "float16"
+        self._loop_size = 0
+
+    @property
+    def restores(self) -> bool:
+        return self.is_chief
+
+    def host(self) -> ContextManager[Any]:
+        from tensorflow.python.eager import context  # tf.device does nothing any more once the NPU is the default device
+
+        return context.device("CPU:0")
+
+    def keep_float32(self) -> ContextManager[Any]:
+        return self.npu.keep_dtype_scope()
+
+    def describe(self) -> str:
+        return "NPU in %s%s" % (self.mode, ", %d replicas" % self.replicas if self.replicas > 1 else "")
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return tf.function(function)
+
+    def run(self, function: Callable[..., Any], args: Tuple[Any, ...]) -> Any:
+        results = function(*args)
+        return tuple(self.npu.distribute.all_reduce(list(results), reduction="mean")) if self.workers > 1 else results
+
+    def loss_scaled(self, optimizer: Any) -> Any:
+        apply = optimizer.apply_gradients
+
+        def apply_in_float32(*args: Any, **settings: Any) -> Any:
+            # Loss scaling applies gradients in a branch, which is a graph of its own: the scope around it does not reach inside.
+            with self.keep_float32():
+                return apply(*args, **settings)
+
+        optimizer.apply_gradients = apply_in_float32
+        return super().loss_scaled(optimizer)
+
+    def _loss_scale_optimizer(self) -> Any:
+        # An overflow on the 910 saturates instead of giving Inf, so Keras's own loss scaling would not see it.
+        return self.npu.train.optimizer.NpuLossScaleOptimizer
+
+    def _apply(self, optimizer: Any, gradients: List[tf.Tensor], weights: Sequence[tf.Variable]) -> None:
+        if self.workers > 1:
+            gradients = self.npu.distribute.all_reduce(gradients, reduction="mean")
+        optimizer.apply_gradients(zip(gradients, weights))
+
+    def set_loop_size(self, steps: int) -> None:
+        # An npu-loop takes exactly this many steps and batches, whatever the range in the graph says.
+        if steps != self._loop_size:
+            self.npu.set_npu_loop_size(steps)
+            self._loop_size = steps
+
+    def broadcast(self, variables: Sequence[tf.Variable]) -> None:
+        if self.workers == 1:
+            return
+        # Counters are int64, which is not among the types that HCCL is documented to take: they travel as int32.
+        wide = [variable for variable in variables if variable.dtype == tf.int64]
+        narrow = [tf.Variable(tf.cast(variable, tf.int32), trainable=False) for variable in wide]
+        self.npu.distribute.broadcast([v for v in variables if v.dtype != tf.int64] + narrow, root_rank=0)
+        for variable, value in zip(wide, narrow):
+            variable.assign(tf.cast(value, tf.int64))
+
+    def iterate(self, batches: tf.data.Dataset) -> Iterator[Any]:
+        # The adapter feeds the device only from iterators that were made on it, even where the data set is on the host.
+        with self.handle.scope():
+            return iter(batches)
+
+
+def open_npu(options: npu_config.Options) -> NpuDevice:
+    """Options first, then open(), then as_default(). NoDeviceError if there is no NPU to be had, UserError for wrong settings."""
+    mode = options.precision_mode or DEFAULT_MODE
+    if mode not in MODES:
+        raise UserError("--precision_mode %s: an Ascend 910 trains in one of %s." % (mode, ", ".join(MODES)))
+    if options.num_devices > 1:
+        raise UserError("--num_devices %d: on NPU each process has one device; start one for each, as scripts/train_full_8p.sh "
+                        "does." % options.num_devices)
+    _check_environment()
+    try:
+        import npu_device as npu
+    except Exception as error:  # no package, no CANN library, or a TensorFlow that it was not built for
+        raise NoDeviceError("The NPU's adapter npu_device cannot be imported under TensorFlow %s (%s): %s."
+                            % (tf.__version__, _one_line(error), INSTALL))
+    _check_version()
+    try:
+        _set_options(npu.global_options(), options, mode)
+    except (ValueError, TypeError) as error:
+        raise UserError("The NPU's adapter does not know an option (%s); leave the flag out, or take the adapter of a newer CANN."
+                        % _one_line(error))
+    try:
+        handle = npu.open().as_default()
+    except Exception as error:
+        raise NoDeviceError("The NPU's adapter cannot open the device (%s); see `npu-smi info` and the files under "
+                            "$HOME/ascend/log, or use --device cpu." % _one_line(error))
+    device = NpuDevice(npu, handle, mode, options)
+    if not device.is_chief:
+        logging.set_verbosity(logging.ERROR)
+    return device
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_environment() -> None:
+    """Check what the adapter reads from the environment, where its own complaints would come late or say little."""
+    environment = os.environ
+    environment.setdefault("JOB_ID", "byol")
+    if not environment.get("ASCEND_DEVICE_ID", "0").isdigit():
+        raise UserError("ASCEND_DEVICE_ID is %r; it is the number of a device, such as 0." % environment["ASCEND_DEVICE_ID"])
+    if "RANK_SIZE" in environment and "CM_WORKER_SIZE" in environment:
+        raise UserError("RANK_SIZE and CM_WORKER_SIZE are both set; HCCL wants one of them: unset the other.")
+    name = "RANK_SIZE" if "RANK_SIZE" in environment else "CM_WORKER_SIZE"
+    size = environment.get(name, "1")
+    if not size.isdigit() or int(size) < 1:
+        raise UserError("%s is %r; it is the number of devices that train together, 1 or more." % (name, size))
+    if int(size) == 1:
+        return
+    table = environment.get("RANK_TABLE_FILE")
+    if (table is None) == ("CM_CHIEF_IP" not in environment):
+        raise UserError("%s is %s, so HCCL needs either RANK_TABLE_FILE and RANK_ID, or CM_CHIEF_IP, CM_CHIEF_PORT, "
+                        "CM_CHIEF_DEVICE and CM_WORKER_IP: set one of the two groups." % (name, size))
+    if table is not None:
+        if not os.path.isfile(table):
+            raise UserError("RANK_TABLE_FILE: there is no file %s." % table)
+        rank = environment.get("RANK_ID", "")
+        if not rank.isdigit() or int(rank) >= int(size):
+            raise UserError("RANK_ID is %r; with RANK_SIZE %s it is a number from 0 to %d." % (rank, size, int(size) - 1))
+
+
+def _check_version() -> None:
+    """NoDeviceError if the adapter's wheel says that it belongs to another TensorFlow."""
+    version = _adapter_version()
+    if version is not None and version.split(".")[:2] != tf.__version__.split(".")[:2]:
+        raise NoDeviceError("npu_device %s does not fit TensorFlow %s: %s." % (version, tf.__version__, INSTALL))
+
+
+def _adapter_version() -> Optional[str]:
+    """What the wheel is numbered, which is as the TensorFlow that it belongs to; None where that cannot be told."""
+    try:
+        from importlib import metadata  # since Python 3.8
+
+        return metadata.version("npu_device")
+    except ImportError:  # no such module, or no such package
+        return None
+
+
+def _set_options(target: Any, options: npu_config.Options, mode: str) -> None:
+    """Set what we rely on, and only that: defaults differ between versions of the adapter, and so do the names it has."""
+    target.precision_mode = mode
+    target.graph_run_mode = 1
+    target.hcom_parallel = options.hcom_parallel
+    if options.use_mixlist:
+        if mode not in MIXED_MODES:
+            raise UserError("--use_mixlist goes with --precision_mode allow_mix_precision, not with %s." % mode)
+        target.modify_mixlist = _existing("mixlist_file", options.mixlist_file)
+    if options.fusion_off_flag:
+        target.fusion_switch_file = _existing("fusion_off_file", options.fusion_off_file)
+    if options.over_dump and options.data_dump_flag:
+        raise UserError("--over_dump and --data_dump_flag cannot be used together; choose one.")
+    if options.over_dump:
+        target.dump_config.enable_dump_debug = True
+        target.dump_config.dump_path = _folder(options.over_dump_path)
+        target.dump_config.dump_debug_mode = "all"
+    if options.data_dump_flag:
+        target.dump_config.enable_dump = True
+        target.dump_config.dump_path = _folder(options.data_dump_path)
+        target.dump_config.dump_step = options.data_dump_step
+        target.dump_config.dump_mode = "all"
+    if options.profiling:
+        target.profiling_config.enable_profiling = True
+        target.profiling_config.profiling_options = json.dumps(
+            {"output": _folder(options.profiling_dump_path), "training_trace": "on", "task_trace": "on"})
+
+
+def _existing(name: str, path: str) -> str:
+    if not os.path.isfile(path):
+        raise UserError("--%s: there is no file %s." % (name, path))
+    return os.path.abspath(path)
+
+
+def _folder(path: str) -> str:
+    """The adapter wants these folders to exist."""
+    return commands.make_folder(os.path.abspath(path))

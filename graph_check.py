@@ -1,0 +1,256 @@
+"""Whether an Ascend 910 can take a training loop whole: told from the traced graph, on any machine.
+
+    python npu_config.py --check --npu_ops ops.txt --encoder resnet34 --batch_size 256
+
+traces the loop that pretraining.py would run with the same flags, over its own tf.data pipeline, and says yes or no, also by
+its exit status. The rules are those by which the adapter npu_device decides; nothing is run, and no NPU is needed.
+"""
+import collections
+import contextlib
+import dataclasses
+import sys
+import types
+from typing import Any, Dict, FrozenSet, Iterable, Iterator, List, Optional, Set, Tuple
+
+import commands  # before TensorFlow, whose log level it sets
+import ascend
+import datasets
+import numpy as np
+import pretraining
+import tensorflow as tf
+from commands import UserError, flag
+from models import keras
+from tensorflow.python.framework import op_def_registry
+
+WHILE = ("While", "StatelessWhile")
+NEXT = "IteratorGetNext"
+# Operators that the adapter itself puts into the graph or replaces, whatever the list of the device's operators says.
+ADAPTER_OPERATORS = frozenset(["IteratorV2", NEXT, "Placeholder"])
+LACKING_TYPES = ("float64", "complex64", "complex128", "variant", "string")
+# Outputs whose unknown shape the adapter ignores: operator and number of the output.
+NEGLIGIBLE = {("FusedBatchNormV3", 5)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(pretraining.Config):
+    """All flags of pretraining.py, and these two."""
+    check: bool = flag(False, "Tell from its graph whether an Ascend 910 can take the training loop whole.")
+    npu_ops: Optional[str] = flag(None, "A file with the TensorFlow operators that the device has, one name a line, # for comments. "
+                                  "Without it names are not checked.")
+
+
+@dataclasses.dataclass
+class Report:
+    """What the graph of a function is like, and what follows from it.
+
+    loop: 'npu-loop' (the whole loop on the device), 'builtin-loop', 'host-loop', 'no-loop', as the adapter logs it, or
+    'mix mode' where part of it would run on the CPU. problems: what stands in the way, one line each.
+    """
+    loop: str
+    problems: List[str]
+    operators: Dict[str, int]
+    whiles: int
+
+
+class Body:
+    """A graph or a function's body, without what nothing needs: names of nodes, and what each takes its input from.
+
+    nodes: name -> (operator, names that it depends on, attributes). results: for each result of a function the name it
+    comes from. roots: names that are there for their effect.
+    """
+
+    def __init__(self, nodes: Dict[str, Tuple[str, List[str], Any]], arguments: List[str], results: List[str],
+                 roots: Iterable[str]) -> None:
+        self.arguments = arguments
+        self.results = results
+        self.roots = list(roots)
+        self._all = nodes
+        live = self.ancestors(self.results + self.roots)
+        self.nodes = {name: node for name, node in nodes.items() if name in live}
+
+    @classmethod
+    def of_function(cls, definition: Any) -> "Body":
+        """From a FunctionDef."""
+        nodes = {node.name: (node.op, [_producer(name) for name in node.input], node.attr) for node in definition.node_def}
+        results = [_producer(definition.ret[result.name]) for result in definition.signature.output_arg]
+        return cls(nodes, [argument.name for argument in definition.signature.input_arg], results, definition.control_ret.values())
+
+    @classmethod
+    def of_graph(cls, graph: Any, definition: Any) -> "Body":
+        """From a FuncGraph and its GraphDef; what the adapter keeps are results, and operators with state."""
+        nodes = {node.name: (node.op, [_producer(name) for name in node.input], node.attr) for node in definition.node}
+        effects = {op.name for op in graph.control_outputs}
+        roots = [op.name for op in graph.get_operations() if op.op_def.is_stateful or op.name in effects]
+        return cls(nodes, [], [tensor.op.name for tensor in graph.outputs], roots)
+
+    def ancestors(self, names: Iterable[str]) -> Set[str]:
+        """The nodes and arguments that the given ones depend on, and themselves."""
+        found, left = set(), list(names)  # type: Set[str], List[str]
+        while left:
+            name = left.pop()
+            if name not in found:
+                found.add(name)
+                left += self._all[name][1] if name in self._all else []
+        return found
+
+    def unchanged(self, name: str) -> str:
+        """The name that a value has before it is merely passed on."""
+        while name in self._all and self._all[name][0] == "Identity":
+            name = self._all[name][1][0]
+        return name
+
+    def carried(self) -> List[str]:
+        """Arguments of a While's body that change from step to step and that anything but their own next value depends on.
+
+        On the NPU these stay as they were at the first step. The loop's own counters change too, but nothing uses them.
+        """
+        found = []
+        for argument, result in zip(self.arguments, self.results):
+            if self.unchanged(result) != argument:
+                others = [other for other in self.results if other != result] + self.roots
+                if argument in self.ancestors(others):
+                    found.append(argument)
+        return found
+
+
+def _producer(reference: str) -> str:
+    """`node:output:0`, `node:0` or `^node` -> `node`."""
+    return reference.lstrip("^").split(":")[0]
+
+
+def _functions(attributes: Any) -> List[str]:
+    """Names of the functions that a node calls."""
+    return [function.name for value in attributes.values() for function in [value.func] + list(value.list.func) if function.name]
+
+
+def examine(function: Any, supported: Optional[Set[str]] = None, trusted: FrozenSet[str] = frozenset()) -> Report:
+    """Tell how the adapter would run a ConcreteFunction.
+
+    supported: names of the operators that the device has, None if unknown. trusted: operators not to be looked at.
+    """
+    graph = function.graph
+    definition = graph.as_graph_def(add_shapes=True)
+    library = {entry.signature.name: Body.of_function(entry) for entry in definition.library.function}
+    main = Body.of_graph(graph, definition)
+
+    def reach(body: Body) -> Dict[int, Body]:
+        """The body and all that its nodes call, at any depth."""
+        found, left = {}, [body]  # type: Dict[int, Body], List[Body]
+        while left:
+            current = left.pop()
+            if id(current) not in found:
+                found[id(current)] = current
+                left += [library[name] for _, _, attributes in current.nodes.values() for name in _functions(attributes)]
+        return found
+
+    operators = collections.Counter()  # type: Dict[str, int]
+    lacking, unknown, dtypes = set(), [], set()  # type: Set[str], List[str], Set[str]
+    for body in reach(main).values():
+        for name, (operator, _, attributes) in body.nodes.items():
+            operators[operator] += 1
+            if operator in trusted:
+                continue
+            if supported is not None and operator not in supported | ADAPTER_OPERATORS:
+                lacking.add(operator)
+            dtypes |= {"%s of %s" % (operator, dtype) for dtype in _types(operator, attributes) if dtype in LACKING_TYPES}
+            unknown += ["%s (%s)" % (name, operator) for number, shape in enumerate(attributes["_output_shapes"].list.shape)
+                        if (shape.unknown_rank or any(dim.size < 0 for dim in shape.dim)) and (operator, number) not in NEGLIGIBLE]
+
+    def takes(body: Body) -> int:
+        """How many elements of an iterator a body takes, nested bodies included."""
+        return sum(node[0] == NEXT for part in reach(body).values() for node in part.nodes.values())
+
+    whiles = [name for name, node in main.nodes.items() if node[0] in WHILE]
+    keys = [name for name in whiles if takes(library[main.nodes[name][2]["body"].func.name])]
+    problems = []
+    if lacking:
+        problems.append("operators that the device lacks: %s" % ", ".join(sorted(lacking)))
+    if dtypes:
+        problems.append("types that the device lacks: %s" % ", ".join(sorted(dtypes)))
+    if unknown:
+        problems.append("shapes that are not known in advance: %s" % _some(unknown))
+    if len(whiles) != 1 or not keys:
+        problems.append("%d While nodes, of which %d take data; there must be one, and it must" % (len(whiles), len(keys)))
+    outside = []  # type: List[str]
+    if keys:
+        body = library[main.nodes[keys[0]][2]["body"].func.name]
+        before = main.ancestors(keys)
+        outside = [name for name in main.nodes if name not in before]
+        if graph.outputs:
+            problems.append("%d results are returned; only Variables may carry them out" % len(graph.outputs))
+        if outside:
+            problems.append("nodes that the loop does not wait for: %s" % _some(["%s (%s)" % (n, main.nodes[n][0]) for n in outside]))
+        if takes(body) != 1:
+            problems.append("a step takes %d elements; the device gets one for each step" % takes(body))
+        if body.carried():
+            problems.append("the loop's index, or tensors carried from step to step, are used: %s; on the device they never change"
+                            % ", ".join(body.carried()))
+    if lacking or dtypes:
+        loop = "mix mode"
+    elif not keys:
+        loop = "no-loop"
+    elif len(whiles) > 1 or outside or graph.outputs:
+        loop = "builtin-loop"
+    else:
+        loop = "host-loop" if unknown else "npu-loop"
+    return Report(loop, problems, dict(operators), len(whiles))
+
+
+def _types(operator: str, attributes: Any) -> Iterator[str]:
+    """Names of the element types that a node takes and gives: those among its attributes, and those that it always has."""
+    signature = op_def_registry.get(operator)
+    fixed = [argument.type for argument in list(signature.input_arg) + list(signature.output_arg)] if signature else []
+    for number in fixed + [number for value in attributes.values() for number in [value.type] + list(value.list.type)]:
+        if number:
+            yield str(tf.dtypes.as_dtype(number).name)
+
+
+def _some(names: List[str]) -> str:
+    return ", ".join(names[:5]) + (", and %d more" % (len(names) - 5) if len(names) > 5 else "")
+
+
+def trace(config: pretraining.Config) -> Any:
+    """The ConcreteFunction of the training loop as it would be on one NPU. Keras's loss scaling stands for the adapter's.
+
+    The images are black; there are as many as make one batch.
+    """
+    tf.config.set_visible_devices([], "GPU")
+    optimizer = types.SimpleNamespace(NpuLossScaleOptimizer=keras.mixed_precision.LossScaleOptimizer)
+    adapter = types.SimpleNamespace(keep_dtype_scope=contextlib.nullcontext, train=types.SimpleNamespace(optimizer=optimizer))
+    handle = types.SimpleNamespace(workers_num=1, worker_id=0, scope=contextlib.nullcontext)
+    device = ascend.NpuDevice(adapter, handle, config.precision_mode or ascend.DEFAULT_MODE, config)
+    images = np.zeros((config.batch_size, config.image_size, config.image_size, 3), np.uint8)
+    loop_size = config.iterations_per_loop or config.log_every
+    learner = pretraining.Byol(config, device, total_steps=config.num_epochs, loop_size=loop_size)
+    batches = datasets.pretraining_batches(images, config.batch_size, config.seed, 0, 1)
+    return learner.train_loop.get_concrete_function(device.iterate(batches), tf.constant(loop_size))
+
+
+def read_operators(path: str) -> Set[str]:
+    """The names in a file of operators. UserError if there are none."""
+    try:
+        with open(path) as file:
+            names = {line.split("#")[0].strip() for line in file} - {""}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("--npu_ops: cannot read %s (%s)." % (path, error))
+    if "Conv2D" not in names:
+        raise UserError("--npu_ops: %s is no list of TensorFlow's operators, one name a line; it has no Conv2D." % path)
+    return names
+
+
+def main() -> None:
+    config = commands.from_flags(Config)
+    if not config.check:
+        raise UserError("Give --check; this module's only command of its own is to check the training loop. See --help.")
+    supported = read_operators(config.npu_ops) if config.npu_ops else None
+    report = examine(trace(config), supported)
+    print("The training loop of %s, batch %d, for an NPU in %s, loss scale %s, traced by TensorFlow %s:"
+          % (config.encoder, config.batch_size, config.precision_mode or ascend.DEFAULT_MODE, config.loss_scale, tf.__version__))
+    print("  %d nodes of %d operators, %d While; names %s" % (sum(report.operators.values()), len(report.operators), report.whiles,
+                                                           "checked by %s" % config.npu_ops if supported else "not checked"))
+    for problem in report.problems:
+        print("  " + problem)
+    if report.problems:
+        print("No: an Ascend 910 would not take it whole, but as %s." % report.loop)
+        sys.exit(1)
+    print("Yes: by the adapter's rules it becomes one %s on an Ascend 910. Not tried on hardware." % report.loop)

@@ -1,0 +1,190 @@
+"""Embeddings, their picture, and the encoder as a SavedModel and a frozen graph that need none of this code."""
+import json
+import subprocess
+import sys
+
+import checkpoints
+import commands
+import datasets
+import embed
+import evaluation
+import models
+import npu_config
+import numpy as np
+import pytest
+import tensorflow as tf
+from command import run
+from commands import UserError
+
+# What a frozen encoder is made of: no training operators, no variables, no functions.
+OPERATORS = {"Placeholder", "Const", "Identity", "NoOp", "Cast", "RealDiv", "Conv2D", "BiasAdd", "FusedBatchNormV3", "Relu",
+             "AddV2", "Mean"}
+LOAD = """
+import sys
+import numpy as np
+import tensorflow as tf
+assert not set(sys.modules) & {"models", "evaluation", "tf_keras"}
+images = np.load("images.npy")
+loaded = tf.saved_model.load("exported/saved_model")
+features = loaded.embed(tf.constant(images))["features"]
+served = loaded.signatures["serving_default"](images=tf.constant(images))["features"]
+assert features.dtype == tf.float32 and (features.numpy() == served.numpy()).all()
+assert loaded.embed(tf.constant(images[:1]))["features"].shape == (1, 32)
+np.save("features.npy", features.numpy())
+"""
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    npu_config.open_device(npu_config.Options(device="cpu")).set_seed(1)
+    return models.ResNet18(1 / 16)
+
+
+@pytest.fixture(scope="module")
+def weights(encoder, tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("weights") / "f_online_1.h5")
+    checkpoints.save_weights(encoder, path)
+    return path
+
+
+@pytest.fixture
+def main(monkeypatch, tmp_path, weights):
+    """Runs the command in this process. Gives the content of embeddings.npz, if there is one."""
+    def call(**settings):
+        defaults = dict(device="cpu", width_multiplier=1 / 16, encoder_weights=weights, output_dir=str(tmp_path),
+                        dataset="shapes")
+        config = embed.Config(**dict(defaults, **settings))
+        monkeypatch.setattr(commands, "from_flags", lambda kind: config)
+        embed.main()
+        if (tmp_path / "embeddings.npz").exists():
+            return dict(np.load(str(tmp_path / "embeddings.npz"), allow_pickle=False))
+
+    return call
+
+
+@pytest.fixture
+def shapes(monkeypatch):
+    data = datasets.load("shapes", train_size=30, test_size=20)
+    monkeypatch.setattr(datasets, "load", lambda *names, **sizes: data)
+    return data
+
+
+def write_images(folder, names):
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.RandomState(number).randint(0, 256, (40, 33, 3)).astype(np.uint8)
+        path.write_bytes(tf.io.encode_png(pixels).numpy())
+
+
+def test_embeddings_are_the_features_of_both_parts(main, shapes, encoder, tmp_path, capsys):
+    content = main()
+    expected = evaluation.features(encoder, np.concatenate([shapes.train_images, shapes.test_images]))
+    np.testing.assert_allclose(content["features"], expected, atol=1e-5)
+    assert content["features"].dtype == np.float32
+    np.testing.assert_array_equal(content["labels"], np.concatenate([shapes.train_labels, shapes.test_labels]))
+    assert content["split"].tolist() == ["train"] * 30 + ["test"] * 20
+    assert content["files"].tolist() == [""] * 50 and tuple(content["class_names"]) == shapes.class_names
+    result = json.loads((tmp_path / "result_embed.json").read_text())
+    assert result["embeddings"] == 50 and result["dimensions"] == 32 and result["config"]["split"] == "all"
+    assert "50 embeddings of 32 numbers" in capsys.readouterr().out
+    assert main(split="test")["labels"].tolist() == shapes.test_labels.tolist()
+
+
+def test_a_folder_with_and_without_labels(main, tmp_path, encoder):
+    write_images(tmp_path / "a", ["cat/%d.png" % i for i in range(4)] + ["dog/%d.png" % i for i in range(3)])
+    content = main(dataset="folder", data_dir=str(tmp_path / "a"), test_fraction=0.3)
+    assert sorted(content["files"].tolist()) == ["cat/0.png", "cat/1.png", "cat/2.png", "cat/3.png", "dog/0.png",
+                                                 "dog/1.png", "dog/2.png"]
+    for name, label, features in zip(content["files"], content["labels"], content["features"]):
+        assert content["class_names"][label] == name.split("/")[0]
+        image = datasets.folders.image_files.load(str(tmp_path / "a" / str(name)), 32)
+        np.testing.assert_allclose(features, evaluation.features(encoder, image[None])[0], atol=1e-5)
+    write_images(tmp_path / "b", ["%d.png" % i for i in range(3)])
+    content = main(dataset="folder", data_dir=str(tmp_path / "b"))
+    assert content["labels"].tolist() == [-1, -1, -1] and content["class_names"].shape == (0,)
+    assert content["files"].tolist() == ["0.png", "1.png", "2.png"]
+
+
+def test_the_exported_model_needs_none_of_this_code(weights, encoder, tmp_path):
+    status, out, error = run("embed.py", "--export", tmp_path / "exported", "--encoder_weights", weights,
+                             "--width_multiplier=0.0625", "--output_dir", tmp_path)
+    assert status == 0, error
+    assert str(tmp_path / "exported" / "saved_model") in out and "input images:0" in out
+    images = np.random.RandomState(0).randint(0, 256, (5, 32, 32, 3)).astype(np.uint8)
+    np.save(str(tmp_path / "images.npy"), images)
+    process = subprocess.run([sys.executable, "-c", LOAD], cwd=str(tmp_path), stderr=subprocess.PIPE, timeout=300)
+    assert process.returncode == 0, process.stderr.decode()
+    expected = evaluation.features(encoder, images)
+    np.testing.assert_allclose(np.load(str(tmp_path / "features.npy")), expected, atol=1e-5)
+    result = json.loads((tmp_path / "exported" / "result_export.json").read_text())
+    assert result["dimensions"] == 32 and result["config"]["precision_mode"] == "must_keep_origin_dtype"
+
+    graph = tf.compat.v1.GraphDef()
+    graph.ParseFromString((tmp_path / "exported" / "frozen.pb").read_bytes())
+    assert {node.op for node in graph.node} <= OPERATORS and not graph.library.function
+    frozen = tf.compat.v1.wrap_function(
+        lambda x: tf.compat.v1.import_graph_def(graph, {result["input"]: x}, [result["output"]])[0],
+        [tf.TensorSpec((None, 32, 32, 3), tf.uint8)])
+    np.testing.assert_allclose(frozen(tf.constant(images)).numpy(), expected, atol=1e-5)
+
+
+def test_an_earlier_export_is_replaced_and_nothing_is_left_over(encoder, tmp_path):
+    names = embed.export(encoder, 32, str(tmp_path))
+    assert names["input"] == "images:0"
+    (tmp_path / "saved_model" / "old").write_text("")
+    other = models.ResNet18(1 / 16)
+    embed.export(other, 48, str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["frozen.pb", "saved_model"]
+    assert not (tmp_path / "saved_model" / "old").exists()
+    loaded = tf.saved_model.load(str(tmp_path / "saved_model"))
+    images = np.random.RandomState(0).randint(0, 256, (2, 48, 48, 3)).astype(np.uint8)
+    np.testing.assert_allclose(loaded.embed(images)["features"], evaluation.features(other, images), atol=1e-5)
+
+
+def test_the_projection_is_drawn(main, shapes, tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    from matplotlib import image
+
+    main(projection=True)
+    pixels = image.imread(str(tmp_path / "projection.png"))
+    assert pixels.shape[:2] == (660, 1430) and pixels[..., :3].std() > 0.05
+    embed.draw({"PCA": np.zeros((3, 2))}, np.array([-1, -1, -1]), (), str(tmp_path / "unlabelled.png"))
+    assert (tmp_path / "unlabelled.png").exists()
+
+
+def test_projections_keep_clusters_apart():
+    pytest.importorskip("sklearn")
+    labels = np.arange(90) % 3
+    features = np.eye(3)[labels] * 10 + np.random.RandomState(0).randn(90, 3)
+    for name, points in embed.project(features.astype(np.float32), 0).items():
+        assert points.shape == (90, 2)
+        distances = np.linalg.norm(points[:, None] - points, axis=2) + 1e9 * np.eye(90)
+        assert (labels[distances.argmin(axis=1)] == labels).mean() > 0.95, name
+
+
+@pytest.mark.parametrize("missing", ["sklearn", "matplotlib"])
+def test_a_projection_without_what_it_needs(main, shapes, monkeypatch, missing):
+    monkeypatch.setattr(embed.importlib.util, "find_spec", lambda name: None if name == missing else name)
+    with pytest.raises(UserError, match="pip install (scikit-learn|matplotlib)"):
+        main(projection=True)
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(encoder_weights=None), "encoder_weights is missing"),
+    (dict(encoder="resnet34"), "resnet18.*resnet34"),
+    (dict(encoder="resnet34", export="somewhere"), "resnet18.*resnet34"),
+    (dict(dataset="folder", data_dir="nowhere"), "nowhere"),
+])
+def test_bad_input_is_one_clear_line(main, settings, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words) as error:
+        main(**settings)
+    assert "\n" not in str(error.value)
+
+
+def test_no_images_of_a_split(main, tmp_path):
+    write_images(tmp_path / "b", ["%d.png" % i for i in range(3)])
+    with pytest.raises(UserError, match="0 images for --split test"):
+        main(dataset="folder", data_dir=str(tmp_path / "b"), split="test")

@@ -1,0 +1,171 @@
+"""graph_check against what the real adapter was seen to do with each structure, and on the loop that pretraining runs."""
+import os
+import subprocess
+import sys
+
+import graph_check
+import pytest
+import tensorflow as tf
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+OPERATORS = os.path.join(ROOT, "..", "shared", "data", "npu_ops_2021.txt")
+
+
+class Learner(tf.Module):
+    def __init__(self):
+        super().__init__()
+        self.loss = tf.Variable(0.0)
+        self.weight = tf.Variable(tf.ones([3]))
+
+    def step(self, x):
+        self.weight.assign_sub(0.1 * tf.reduce_mean(x, axis=0))
+        self.loss.assign(tf.reduce_sum(self.weight))
+
+    def plain(self, iterator, n):
+        for _ in tf.range(n):
+            self.step(next(iterator))
+
+    def returning(self, iterator, n):
+        for _ in tf.range(n):
+            self.step(next(iterator))
+        return self.loss.read_value()
+
+    def afterwards(self, iterator, n):
+        for _ in tf.range(n):
+            self.step(next(iterator))
+        self.loss.assign_add(1.0)
+
+    def beside(self, iterator, n):
+        for _ in tf.range(n):
+            self.step(next(iterator))
+        for _ in tf.range(n):
+            self.loss.assign_add(1.0)
+
+    def once(self, iterator, n):
+        self.step(next(iterator))
+
+    def unrolled(self, iterator, n):
+        for _ in range(2):
+            self.step(next(iterator))
+
+    def twice_a_step(self, iterator, n):
+        for _ in tf.range(n):
+            self.step(next(iterator) + next(iterator))
+
+    def index(self, iterator, n):
+        for i in tf.range(n):
+            self.step(next(iterator) * tf.cast(i, tf.float32))
+
+    def carrying(self, iterator, n):
+        total = tf.zeros([])
+        for _ in tf.range(n):
+            total += tf.reduce_sum(next(iterator))
+            self.loss.assign(total)
+
+    def branching(self, iterator, n):
+        for _ in tf.range(n):
+            x = next(iterator)
+            if tf.reduce_sum(x) > 0:
+                self.step(x)
+
+    def doubles(self, iterator, n):
+        for _ in tf.range(n):
+            self.step(tf.cast(tf.cast(next(iterator), tf.float64) * 2, tf.float32))
+
+    def strings(self, iterator, n):
+        for _ in tf.range(n):
+            self.step(next(iterator) + tf.strings.to_number(tf.strings.as_string(self.loss)))
+
+    def random(self, iterator, n):
+        for _ in tf.range(n):
+            self.step(next(iterator) + tf.random.stateless_normal([2, 3], [1, 2]))
+
+
+def examine(name, drop_remainder=True, **settings):
+    learner = Learner()
+    data = tf.data.Dataset.from_tensor_slices(tf.ones([6, 3])).batch(2, drop_remainder=drop_remainder)
+    function = tf.function(getattr(learner, name)).get_concrete_function(iter(data), tf.constant(2))
+    return graph_check.examine(function, **settings)
+
+
+@pytest.mark.parametrize("name, loop, problem", [
+    ("plain", "npu-loop", None),
+    ("branching", "npu-loop", None),
+    ("returning", "builtin-loop", "returned"),
+    ("afterwards", "builtin-loop", "does not wait for"),
+    ("beside", "builtin-loop", "2 While nodes, of which 1"),
+    ("once", "no-loop", "0 While nodes"),
+    ("unrolled", "no-loop", "0 While nodes"),
+    ("twice_a_step", "npu-loop", "takes 2 elements"),
+    ("index", "npu-loop", "never change"),
+    ("carrying", "npu-loop", "never change"),
+    ("doubles", "mix mode", "Cast of float64"),
+    ("strings", "mix mode", "AsString of string"),
+])
+def test_structures(name, loop, problem):
+    report = examine(name)
+    assert report.loop == loop
+    assert (not report.problems) if problem is None else any(problem in line for line in report.problems), report.problems
+
+
+def test_shapes_that_are_not_known_make_a_host_loop():
+    report = examine("plain", drop_remainder=False)
+    assert report.loop == "host-loop" and any("IteratorGetNext" in line for line in report.problems)
+
+
+def test_operators_outside_of_the_list_are_found_in_the_loop_body():
+    known = set(examine("plain").operators)
+    assert examine("plain", supported=known).loop == "npu-loop"
+    assert examine("plain", supported=known - {"IteratorGetNext"}).loop == "npu-loop"  # the adapter's own
+    report = examine("random", supported=known)
+    assert report.loop == "mix mode" and any("StatelessRandom" in line for line in report.problems)
+    report = examine("plain", supported=known - {"Mean"})
+    assert report.problems == ["operators that the device lacks: Mean"]
+
+
+def test_a_list_of_operators_may_have_comments(tmp_path):
+    path = tmp_path / "ops.txt"
+    path.write_text("# of 2021\nConv2D  # cube\n\nRelu\n")
+    assert graph_check.read_operators(str(path)) == {"Conv2D", "Relu"}
+    path.write_text("something else\n")
+    with pytest.raises(graph_check.UserError, match="no Conv2D"):
+        graph_check.read_operators(str(path))
+    with pytest.raises(graph_check.UserError, match="cannot read"):
+        graph_check.read_operators(str(tmp_path / "nowhere.txt"))
+
+
+@pytest.fixture(scope="module")
+def loop():
+    return graph_check.trace(graph_check.Config(check=True, width_multiplier=1 / 16, batch_size=8))
+
+
+@pytest.mark.skipif(not os.path.exists(OPERATORS), reason="the list of an Ascend 910's operators is not here")
+def test_the_training_loop_needs_no_operator_that_the_npu_lacked_in_2021(loop):
+    assert graph_check.examine(loop, graph_check.read_operators(OPERATORS)).problems == []
+
+
+def run_main(monkeypatch, loop, **settings):
+    monkeypatch.setattr(graph_check.commands, "from_flags", lambda config: config(**settings))
+    monkeypatch.setattr(graph_check, "trace", lambda config: loop)
+    graph_check.main()
+
+
+def test_check_says_yes(loop, monkeypatch, capsys):
+    run_main(monkeypatch, loop, check=True)
+    printed = capsys.readouterr().out
+    assert "1 While; names not checked" in printed
+    assert printed.splitlines()[-1].startswith("Yes: by the adapter's rules it becomes one npu-loop")
+
+
+def test_without_check_there_is_nothing_to_do(loop, monkeypatch):
+    with pytest.raises(graph_check.UserError, match="Give --check"):
+        run_main(monkeypatch, loop)
+
+
+def test_the_command_says_no_by_its_exit_status(tmp_path):
+    path = tmp_path / "ops.txt"
+    path.write_text("Conv2D\nRelu\n")
+    done = subprocess.run([sys.executable, "npu_config.py", "--check", "--npu_ops", str(path), "--width_multiplier=0.0625"],
+                          cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+    assert done.returncode == 1 and "FusedBatchNormV3" in done.stdout
+    assert done.stdout.splitlines()[-1] == "No: an Ascend 910 would not take it whole, but as mix mode."
