@@ -25,8 +25,6 @@ from models import keras
 NEIGHBOURS = 200
 TEMPERATURE = 0.1
 SIMILARITIES = 1 << 25  # similarities in memory at a time: 128 MiB
-# A call of the training loop on CPU or GPU takes at most about so long, so that Ctrl-C is answered.
-SECONDS_A_CALL = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +85,7 @@ def load_data(config: Config, labelled: bool = True) -> Any:
     labelled: UserError also if it has not the labels, classes and test images that a classifier needs.
     """
     data = datasets.load(config.dataset, config.data_dir, image_size=config.image_size,
-                         test_fraction=config.test_fraction, seed=config.seed)
+                         test_fraction=config.test_fraction, cache_dir=config.output_dir)
     where = "The data set %s%s" % (config.dataset, " in %s" % config.data_dir if config.data_dir else "")
     if labelled and data.train_labels is None:
         raise UserError("%s has no labels; put its images into one folder for each class, as in "
@@ -255,16 +253,15 @@ class Classifier(tf.Module):
         Tells the loss at an epoch's end, at most once a second. UserError if it is not a finite number.
         """
         iterator = self._device.iterate(batches)
-        step, at_once, since = 0, 1, time.time()
+        step, seconds_a_step, since = 0, None, time.time()
         while step < last_step:
             n = min(steps_per_epoch - step % steps_per_epoch, last_step - step)
-            if self._device.kind != "npu":
-                n = min(n, at_once)
+            n = self._device.steps_a_call(n, seconds_a_step)
             self._device.set_loop_size(n)
             began = time.time()
             self.train_loop(iterator, tf.constant(n))
             loss = float(self.loss.numpy())
-            at_once = max(1, int(n * SECONDS_A_CALL / (time.time() - began)))
+            seconds_a_step = (time.time() - began) / n
             step += n
             if not np.isfinite(loss):
                 raise UserError("The loss is %s after step %d; try a lower --learning_rate, or "

@@ -20,6 +20,7 @@ from absl import logging
 from commands import UserError, flag
 from models import keras
 
+SECONDS_A_CALL = 2.0  # that a call of the training loop takes at most, or one step if that takes longer
 # Flags that do nothing where there is no NPU; ModelZoo's scripts pass them as False.
 NPU_FLAGS = ("use_mixlist", "fusion_off_flag", "over_dump", "data_dump_flag", "profiling")
 PRECISION_MODES = ("allow_fp32_to_fp16", "allow_mix_precision", "allow_mix_precision_fp16", "allow_mix_precision_bf16",
@@ -173,6 +174,13 @@ class Device:
         return optimizer.get_scaled_loss(loss) if hasattr(optimizer, "get_scaled_loss") else loss
 
     # The loop and its data
+
+    def steps_a_call(self, steps: int, seconds_a_step: Optional[float]) -> int:
+        """How many of the next `steps` one call of the loop should take, so that it returns soon enough to answer Ctrl-C.
+
+        seconds_a_step: as the last call took them; None before the first.
+        """
+        return max(1, min(steps, int(SECONDS_A_CALL / seconds_a_step))) if seconds_a_step else 1
 
     def set_loop_size(self, steps: int) -> None:
         """Announce how many steps the next call of the training loop takes; only the NPU wants to know."""

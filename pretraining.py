@@ -4,7 +4,8 @@
 
 trains on CIFAR-10 and writes into --output_dir: f_online_<epoch>.h5 (the encoder's weights), losses.txt (every batch's
 loss), config.json (these settings), metrics.json and result.json (figures), checkpoints/ (to go on from: start the same
-command again). Without data: --dataset shapes.
+command again), logs/ (curves for TensorBoard) and views.png (what the networks are shown). `python report.py DIR` makes
+a page of it all. Without data: --dataset shapes.
 """
 import contextlib
 import dataclasses
@@ -22,14 +23,14 @@ import evaluation
 import losses
 import models
 import npu_config
+import numpy as np
+import progress
 import schedules
 import tensorflow as tf
 from absl import logging
 from commands import UserError, flag
 from models import keras
 
-# A call of the training loop on CPU or GPU takes at most about so long, so that Ctrl-C is answered and a bar can move.
-SECONDS_A_CALL = 2.0
 # Warn below this fraction of the spread that evenly spread projections have; slow healthy runs were seen at 0.4 and above.
 COLLAPSED = 0.05
 
@@ -191,8 +192,9 @@ class Byol(tf.Module):
 class Run:
     """One run in one folder: what is printed, evaluated and saved around the calls of the training loop."""
 
-    def __init__(self, config: Config, device: npu_config.Device, data: datasets.Data) -> None:
-        self.config, self.device, self.data = config, device, data
+    def __init__(self, config: Config, device: npu_config.Device, data: datasets.Data, shown: progress.Progress) -> None:
+        self.config, self.device, self.data, self.shown = config, device, data, shown
+        self.say = shown.say
         self.steps_per_epoch = len(data.train_images) // config.batch_size
         if self.steps_per_epoch == 0:
             raise UserError("--batch_size %d is larger than the data set, which has %d training images."
@@ -207,14 +209,10 @@ class Run:
     def path(self, name: str) -> str:
         return os.path.join(self.config.output_dir, name)
 
-    def say(self, text: str) -> None:
-        """Print a line, if this is the process that prints."""
-        if self.device.is_chief and not self.config.quiet:
-            print(text, flush=True)
-
     def start(self) -> None:
         """Make the networks, tell their shapes, and go on from the newest checkpoint if there is one."""
         self.say("Initializing online networks...")
+        self.shown.wait("Making the networks")
         self.learner = Byol(self.config, self.device, self.total_steps, self.loop_size)
         h, z = self.learner.f_online.features, self.learner.g_online.features
         self.say("Shape of h: (256, %d)\nShape of z: (256, %d)\nShape of p: (256, %d)" % (h, z, self.learner.q_online.features))
@@ -232,6 +230,18 @@ class Run:
         self.learner.broadcast()
         if restored:
             self.say("Resuming from step %d of %d (%s)." % (self.step, self.total_steps, restored))
+        if self.device.is_chief:
+            self.curves = progress.Curves(self.path("logs"), self.step)
+            if self.step == 0:
+                self._draw_views()
+
+    def _draw_views(self) -> None:
+        """A sheet of some images with their two views, as views.png and for TensorBoard."""
+        chosen = np.arange(progress.SHEET) * len(self.data.train_images) // progress.SHEET  # a folder is sorted by class
+        sheet = progress.sheet_of_views(self.data.train_images[np.unique(chosen)], self.config.seed, self.device.host())
+        png = progress.encode_png(sheet, self.device.host())
+        commands.write_atomically(self.path("views.png"), png)
+        self.curves.image(0, "views", png, *sheet.shape[:2])
 
     @property
     def step(self) -> int:
@@ -240,6 +250,7 @@ class Run:
     def train(self) -> None:
         """All steps from where the run stands to its end, a signal, or a failure."""
         self._evaluate_knn(self.step, before_training=True)
+        self.shown.wait("Compiling the views and the training loop and taking the first step")
         first, rows = self.device.rows(self.config.batch_size)
         with self.device.host():
             batches = datasets.pretraining_batches(self.data.train_images, self.config.batch_size, self.config.seed, self.step,
@@ -254,12 +265,11 @@ class Run:
             self.learner.train_loop(iterator, tf.constant(n))
             recent = self.learner.recent.numpy()[:, -n:]
             step += n
-            if seconds_a_step is None:
-                seconds_a_step = 0.0  # this call traced the loop as well: no measure
-            else:
-                seconds_a_step = (time.time() - began) / n
+            seconds_a_step = (time.time() - began) / n
             self.history.losses += [float(loss) for loss in recent[0]]
             batch = (step - 1) % self.steps_per_epoch + 1
+            self.shown.step(step, self.last_step, "%d/%d" % ((step - 1) // self.steps_per_epoch + 1, self.config.num_epochs),
+                            self.history.losses[-1], self.config.batch_size)
             if batch % self.config.log_every == 0:
                 self._log(step, recent, (time.time() - since) / (step - since_step), time.time() - since)
                 since, since_step = time.time(), step
@@ -272,6 +282,8 @@ class Run:
                 since, since_step = time.time(), step
         if saved != step:
             self._check_finite(step)
+            if not self.signals:  # the end that --max_steps asked for
+                self._save_weights("f_online_step_%d.h5" % step)
             self._save(step)
 
     def _steps_to_take(self, step: int, seconds_a_step: Optional[float]) -> int:
@@ -279,11 +291,7 @@ class Run:
         batch = step % self.steps_per_epoch
         n = min(self.loop_size, self.config.log_every - batch % self.config.log_every, self.steps_per_epoch - batch,
                 self.config.save_checkpoints_steps - step % self.config.save_checkpoints_steps, self.last_step - step)
-        if self.device.kind == "npu":
-            return n
-        if not seconds_a_step:
-            return 1
-        return max(1, min(n, int(SECONDS_A_CALL / seconds_a_step)))
+        return self.device.steps_a_call(n, seconds_a_step)
 
     def _log(self, step: int, recent: Any, seconds_a_step: float, seconds: float) -> None:
         """The known line, and after it what else is worth knowing."""
@@ -297,6 +305,9 @@ class Run:
                     left // 3600, left // 60 % 60, left % 60))
         self.history.log.append({"step": step, "loss": loss, "spread": spread, "images_per_second": images_a_second,
                                  "learning_rate": float(self.learner.learning_rate()), "time": time.time()})
+        if self.device.is_chief:
+            figures = self.history.log[-1]
+            self.curves.scalars(step, {name: figures[name] for name in ("loss", "spread", "images_per_second", "learning_rate")})
         even = self.learner.g_online.features ** -0.5
         if spread < COLLAPSED * even:
             logging.warning("The projections have all but collapsed: their spread is %.5f at step %d, where %.4f is even spread and 0 "
@@ -313,10 +324,13 @@ class Run:
     def _end_epoch(self, step: int) -> None:
         epoch = step // self.steps_per_epoch
         if epoch % self.config.save_every == 0 or step == self.total_steps:
-            if self.device.is_chief:
-                checkpoints.save_weights(self.learner.f_online, self.path("f_online_%d.h5" % epoch))
-            self.say("Weights of f saved.")
+            self._save_weights("f_online_%d.h5" % epoch)
         self._evaluate_knn(step, at_end=step == self.last_step)
+
+    def _save_weights(self, name: str) -> None:
+        if self.device.is_chief:
+            checkpoints.save_weights(self.learner.f_online, self.path(name))
+        self.say("Weights of f saved.")
 
     def _evaluate_knn(self, step: int, before_training: bool = False, at_end: bool = False) -> None:
         """Classify the test images by the features of their nearest training images."""
@@ -324,8 +338,11 @@ class Run:
         due = self.knn_every and epoch % self.knn_every == 0 and (step == 0 or not before_training)
         if self.data.train_labels is None or not len(self.data.test_images) or not (due or at_end):
             return
+        self.shown.wait("Evaluating the encoder by k-NN on %d test images" % len(self.data.test_images))
         accuracy = evaluation.knn_of_encoder(self.learner.f_online, self.data)
         self.history.knn.append({"epoch": epoch, "step": step, "accuracy": accuracy})
+        if self.device.is_chief:
+            self.curves.scalars(step, {"knn_accuracy": accuracy})
         self.say("[Epoch %d/%d] k-NN accuracy=%.4f" % (epoch, self.config.num_epochs, accuracy))
 
     def _save(self, step: int) -> None:
@@ -348,9 +365,11 @@ def main() -> None:
         if device.is_chief:  # the others neither write nor need the folder
             commands.make_folder(config.output_dir)
             stack.enter_context(commands.only_run_in(config.output_dir))
+        shown = stack.enter_context(progress.Progress(device.is_chief and not config.quiet))
+        shown.wait("Reading the data set")
         data = datasets.load(config.dataset, config.data_dir, image_size=config.image_size,
-                             test_fraction=config.test_fraction, seed=config.seed)
-        run = Run(config, device, data)
+                             test_fraction=config.test_fraction, cache_dir=config.output_dir)
+        run = Run(config, device, data, shown)
         if device.advice:
             run.say(device.advice)
         if device.is_chief:

@@ -1,7 +1,7 @@
 """Whole runs through the stand-in for the NPU's adapter give what the same runs give on the CPU.
 
-The stand-in computes in float32 and loss scales are powers of two, so the losses agree to rounding. Two chains of processes
-run beside each other; each test looks at what they left. Two NPUs are compared with two devices under tf.distribute.
+The stand-in computes in float32 and loss scales are powers of two, so the losses agree to rounding. The runs are started once,
+partly beside each other; each test looks at what they left.
 """
 import concurrent.futures
 import glob
@@ -11,7 +11,10 @@ import shutil
 import subprocess
 import sys
 
+import datasets
+import npu_config
 import numpy as np
+import pretraining
 import pytest
 import tensorflow as tf
 
@@ -72,30 +75,61 @@ class Runs:
         with open(self.path(name + ".jsonl")) as file:
             return [event for event in map(json.loads, file) if event["event"] == kind and event["rank"] == rank]
 
-    def one_npu(self):
+    def on_cpu(self):
         self.script("cpu", "train_performance_1p.sh", "--device=cpu", "--output_path", self.path("cpu"), "--", "--log_every=2")
-        self.pretrain("npu", "--device=npu", "--output_dir", self.path("npu"), "--max_steps=7", ASCEND_DEVICE_ID="3")
-        # What other ranks have set must not reach a run on one device; the second part goes on from the first.
-        self.pretrain("npu_resumed", "--device=npu", "--output_dir", self.path("npu"))
 
-    def two_npus(self):
-        self.pretrain("mirrored", "--device=cpu", "--num_devices=2", "--nosync_batch_norm", "--precision_mode=must_keep_origin_dtype",
-                      "--output_dir", self.path("mirrored"))
-        # Go on from its fifth step. Only rank 0 has the checkpoint; HCCL has to bring it to the other.
+    def on_npu(self, name, *flags):
+        self.pretrain(name, "--device=npu", "--output_dir", self.path("npu"), *flags, ASCEND_DEVICE_ID="3")
+
+    def on_two_npus(self):
+        """Go on from the fifth step of the run on one. Only rank 0 has the checkpoint; HCCL must bring it to the other."""
         os.makedirs(self.path("two", "run", "checkpoints"))
-        shutil.copy(self.path("mirrored", "config.json"), self.path("two", "run"))
-        for path in glob.glob(self.path("mirrored", "checkpoints", "ckpt-5.*")):
+        shutil.copy(self.path("npu", "config.json"), self.path("two", "run"))
+        for path in glob.glob(self.path("npu", "checkpoints", "ckpt-5.*")):
             shutil.copy(path, self.path("two", "run", "checkpoints"))
         self.script("two", "train_full_8p.sh", "--rank_size=2", "--rank_table_file", self.path("table.json"), "--eval_epochs=1",
-                    "--precision_mode=must_keep_origin_dtype", "--output_path", self.path("two"), "--", "--log_every=2",
-                    "--nosync_batch_norm", STOP_SECONDS="5")
+                    "--output_path", self.path("two"), "--", "--log_every=2", STOP_SECONDS="5")
+
+
+class TwoHalves(npu_config.Device):
+    """What two devices compute that share each batch and average their gradients, on one; BatchNorm sees half a batch."""
+
+    def run(self, function, args):
+        self.gradients = []
+        losses, spreads = zip(*[function(*[x[half * 5:half * 5 + 5] for x in args]) for half in (0, 1)])
+        return sum(losses) / 2, sum(spreads) / 2
+
+    def _apply(self, optimizer, gradients, weights):
+        self.gradients.append(gradients)
+        if len(self.gradients) == 2:
+            super()._apply(optimizer, [(a + b) / 2 for a, b in zip(*self.gradients)], weights)
+
+
+def losses_of_two_halves(folder):
+    """Five steps on one device, then five on two."""
+    config = pretraining.Config(device="cpu", dataset="folder", data_dir=folder, width_multiplier=1 / 16, batch_size=10)
+    device = npu_config.open_device(config)
+    device.set_seed(config.seed)
+    images = datasets.load("folder", folder).train_images
+    learner = pretraining.Byol(config, device, 10, 2)
+    losses = []
+    for first in (0, 5):
+        step = tf.function(learner.train_step_pretraining)
+        for x1, x2 in datasets.pretraining_batches(images, 10, config.seed, first, first + 5):
+            step(x1, x2)
+            losses.append(float(learner.recent[0, -1]))
+        learner._device = TwoHalves("cpu", tf.distribute.get_strategy(), config)
+    return losses
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     runs = Runs(tmp_path_factory.mktemp("runs"))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for future in [pool.submit(runs.one_npu), pool.submit(runs.two_npus)]:
+        cpu = pool.submit(runs.on_cpu)
+        runs.on_npu("npu", "--max_steps=7")
+        others = [pool.submit(runs.on_two_npus), pool.submit(runs.on_npu, "npu_resumed")]
+        for future in [cpu] + others:
             future.result()
     return runs
 
@@ -128,17 +162,19 @@ def test_on_an_npu_the_loss_scale_is_dynamic_and_the_delicate_parts_keep_their_t
     assert scale.get_tensor(name) == 2 ** 15
 
 
-def test_two_npus_give_the_losses_of_two_devices_under_tf_distribute(runs):
-    expected = runs.losses("mirrored")
-    assert not np.allclose(expected, runs.losses("cpu", "run"), rtol=1e-4)  # BatchNorm saw half of each batch
+def test_two_npus_give_the_losses_of_two_halves(runs):
+    expected = losses_of_two_halves(runs.images)
+    np.testing.assert_allclose(expected[:5], runs.losses("cpu", "run")[:5], rtol=1e-6)
+    assert not np.allclose(expected[5:], runs.losses("cpu", "run")[5:], rtol=1e-4)
     np.testing.assert_allclose(runs.losses("two", "run"), expected, rtol=1e-5)
 
 
 def test_variables_are_broadcast_once_and_gradients_averaged_at_each_step(runs):
     for rank in ("0", "1"):
         broadcast, = runs.events("two", "broadcast", rank)
-        # f, g, q, f', g'; Adam's two slots for what is trained of f, g, q, and its counter; the step and the latest losses
-        assert broadcast["count"] == 2 * 120 + 3 * 8 + 2 * (80 + 6 + 6) + 1 + 2
+        # f, g, q, f', g'; Adam's two slots for what is trained of f, g, q, and its counter; the loss scale and its counter;
+        # the step and the latest losses
+        assert broadcast["count"] == 2 * 120 + 3 * 8 + 2 * (80 + 6 + 6) + 1 + 2 + 2
         assert [event["reduction"] for event in runs.events("two", "all_reduce", rank)] == ["mean", "mean"]  # gradients, results
         assert [event["steps"] for event in runs.events("two", "run", rank) if event["function"] == "_train_loop"] == [2, 2, 1]
     calls = glob.glob(runs.path("hccl", "all_reduce_*-1.npz"))
