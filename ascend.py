@@ -7,10 +7,11 @@ import json
 import os
 from typing import Any, Callable, ContextManager, Iterator, List, Optional, Sequence, Tuple
 
-import commands
-import npu_config
 import tensorflow as tf
 from absl import logging
+
+import commands
+import npu_config
 from commands import UserError
 
 # What an Ascend 910 can train in: it has no bfloat16, and force_fp16 is for inference.
@@ -48,7 +49,9 @@ class NpuDevice(npu_config.Device):
         return self.is_chief
 
     def host(self) -> ContextManager[Any]:
-        from tensorflow.python.eager import context  # tf.device does nothing any more once the NPU is the default device
+        from tensorflow.python.eager import (
+            context,  # tf.device does nothing any more once the NPU is the default device
+        )
 
         return context.device("CPU:0")
 

@@ -73,7 +73,8 @@ def sample_crops(batch_size: int, seed: Any, image_size: int = 32) -> Crops:
     height, width = tf.where(swap, shorter, longer), tf.where(swap, longer, shorter)
     top = tf.floor(draw["top"] * (image_size - height + 1))
     left = tf.floor(draw["left"] * (image_size - width + 1))
-    return Crops(*(tf.cast(x, tf.int32) for x in (top, left, height, width)), draw["flip"] < FLIP_PROBABILITY)
+    top, left, height, width = (tf.cast(x, tf.int32) for x in (top, left, height, width))
+    return Crops(top, left, height, width, draw["flip"] < FLIP_PROBABILITY)
 
 
 def sample_colors(batch_size: int, seed: Any) -> Colors:
@@ -259,19 +260,20 @@ def _distort_colors(x: tf.Tensor, brightness: tf.Tensor, contrast: tf.Tensor, sa
 
 
 @tf.function(jit_compile=True)
-def _compiled_crop_flip_resize(images, top, left, height, width, flip):
-    return tf.transpose(_crop_flip_resize(images, top, left, height, width, flip), [0, 1, 3, 2])
+def _compiled_crop_flip_resize(images: tf.Tensor, *crops: tf.Tensor) -> tf.Tensor:
+    return tf.transpose(_crop_flip_resize(images, *crops), [0, 1, 3, 2])
 
 
 @tf.function(jit_compile=True)
-def _compiled_distort_colors(images, brightness, contrast, saturation, hue):
+def _compiled_distort_colors(images: tf.Tensor, *colors: tf.Tensor) -> tf.Tensor:
     images = tf.transpose(tf.cast(images, tf.float32), [0, 1, 3, 2])
-    return _distort_colors(images, brightness, contrast, saturation, hue)
+    return _distort_colors(images, *colors)
 
 
 @tf.function(jit_compile=True)
-def _compiled_augment(images, top, left, height, width, flip,
-                      brightness, contrast, saturation, hue, distort, grey):
+def _compiled_augment(images: tf.Tensor, top: tf.Tensor, left: tf.Tensor, height: tf.Tensor, width: tf.Tensor,
+                      flip: tf.Tensor, brightness: tf.Tensor, contrast: tf.Tensor, saturation: tf.Tensor,
+                      hue: tf.Tensor, distort: tf.Tensor, grey: tf.Tensor) -> tf.Tensor:
     x = _crop_flip_resize(images, top, left, height, width, flip)
     # An image not to be distorted gets parameters that change nothing: cheaper than a choice for each pixel.
     x = _distort_colors(x, tf.where(distort, brightness, 0.), tf.where(distort, contrast, 1.),

@@ -11,10 +11,11 @@ import os
 import shutil
 from typing import Any, Container, Dict, List, Optional, Tuple
 
-import commands
 import numpy as np
 import tensorflow as tf
 from absl import logging
+
+import commands
 from commands import UserError
 
 SUMS = ".sha256.json"
@@ -179,8 +180,8 @@ def load_weights(network: Any, path: str) -> None:
     given = _layers(_read(path))
     pairs = _match(wanted, given)
     if pairs is None:
-        raise UserError("%s holds the weights of %s, but they are to go into %s: give the --encoder and --width_multiplier that it was made with."
-                        % (path, _describe(given), _describe(wanted)))
+        raise UserError("%s holds the weights of %s, but they are to go into %s: give the --encoder and --width_multiplier that it "
+                        "was made with." % (path, _describe(given), _describe(wanted)))
     for variable, array in pairs:
         variable.assign(array)
 

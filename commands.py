@@ -68,16 +68,17 @@ def define_flags(config: Type[Any]) -> None:
     types = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         known = dict(field.metadata)
+        default = field.default  # type: Any
         kind = next(t for t in (bool, int, float, str) if t in (types[field.name],) + getattr(types[field.name], "__args__", ()))
         if known["choices"]:
-            flags.DEFINE_enum(field.name, field.default, list(known["choices"]), known["text"])
+            flags.DEFINE_enum(field.name, default, list(known["choices"]), known["text"])
         elif kind is bool:
-            flags.DEFINE_boolean(field.name, field.default, known["text"])
+            flags.DEFINE_boolean(field.name, default, known["text"])
         elif kind is str:
-            flags.DEFINE_string(field.name, field.default, known["text"])
+            flags.DEFINE_string(field.name, default, known["text"])
         else:
-            define = flags.DEFINE_integer if kind is int else flags.DEFINE_float
-            define(field.name, field.default, known["text"], lower_bound=known["low"], upper_bound=known["high"])
+            define = flags.DEFINE_integer if kind is int else flags.DEFINE_float  # type: Any
+            define(field.name, default, known["text"], lower_bound=known["low"], upper_bound=known["high"])
         names = [field.name]
         if known["alias"]:
             flags.DEFINE_alias(known["alias"], field.name)

@@ -12,15 +12,16 @@ import sys
 import types
 from typing import Any, Dict, FrozenSet, Iterable, Iterator, List, Optional, Set, Tuple
 
-import commands  # before TensorFlow, whose log level it sets
-import ascend
-import datasets
 import numpy as np
-import pretraining
 import tensorflow as tf
+from tensorflow.python.framework import op_def_registry
+
+import ascend
+import commands  # before TensorFlow, whose log level it sets
+import datasets
+import pretraining
 from commands import UserError, flag
 from models import keras
-from tensorflow.python.framework import op_def_registry
 
 WHILE = ("While", "StatelessWhile")
 NEXT = "IteratorGetNext"

@@ -27,7 +27,7 @@ def _keras2() -> Any:
 keras = _keras2()
 
 
-class BasicBlock(keras.layers.Layer):  # type: ignore[misc]
+class BasicBlock(keras.layers.Layer):
     """conv3x3-BN-ReLU-conv3x3-BN plus the shortcut, then ReLU (He et al., 2015, arXiv:1512.03385, figure 5 left).
 
     The shortcut is the identity, or a 1x1 convolution and BatchNorm where the block has a stride.
@@ -59,7 +59,7 @@ class BasicBlock(keras.layers.Layer):  # type: ignore[misc]
         return tf.nn.relu(x + inputs)
 
 
-class ResNet(keras.Model):  # type: ignore[misc]
+class ResNet(keras.Model):
     """An encoder f with the CIFAR stem: 3x3 convolution of stride 1, BatchNorm, ReLU, and no max-pool.
 
     (b, h, w, 3) float in [0, 1] -> (b, 512 * width_multiplier) in the layers' compute dtype, after global average
@@ -114,7 +114,7 @@ def ResNet34(width_multiplier: float = 1.0, name: str = "resnet34") -> ResNet:
 ENCODERS = {"resnet18": ResNet18, "resnet34": ResNet34}
 
 
-class ProjectionHead(keras.Model):  # type: ignore[misc]
+class ProjectionHead(keras.Model):
     """The projector g and the predictor q: Dense 256, BatchNorm, ReLU, Dense 128. (b, any) -> (b, 128)."""
 
     def __init__(self, name: str = "projection_head") -> None:
@@ -134,7 +134,7 @@ class ProjectionHead(keras.Model):  # type: ignore[misc]
         return self.output_layer(tf.nn.relu(self.norm(self.hidden(inputs), training=training)))
 
 
-class ClassificationHead(keras.Model):  # type: ignore[misc]
+class ClassificationHead(keras.Model):
     """The linear classifier c on features: (b, any) -> float32 logits (b, num_classes)."""
 
     def __init__(self, num_classes: int = 10, name: str = "classification_head") -> None:

@@ -14,9 +14,13 @@ import importlib.util
 import os
 from typing import Any, Callable, ContextManager, Iterator, List, Optional, Sequence, Tuple
 
-import commands
+import commands  # before TensorFlow, whose start it quiets
+
+# isort: split
+
 import tensorflow as tf
 from absl import logging
+
 from commands import UserError, flag
 from models import keras
 
@@ -36,8 +40,10 @@ class Options:
         None, "Precision, by the NPU adapter's names. Default: allow_mix_precision on NPU (ModelZoo README) and GPU, "
         "must_keep_origin_dtype (float32) on CPU. allow_mix_precision on GPU is Keras's mixed_bfloat16 where the GPU has "
         "it, else mixed_float16; on CPU it is mixed_bfloat16.", choices=PRECISION_MODES)
-    loss_scale: str = flag("auto", "auto, dynamic, none, or a number. auto: dynamic where something is computed in float16, else none.")
-    num_devices: int = flag(1, "GPUs (or logical CPU devices) of this machine to train on together. NPUs take one process each.", low=1)
+    loss_scale: str = flag("auto", "auto, dynamic, none, or a number. auto: dynamic where something is computed in float16, "
+                           "else none.")
+    num_devices: int = flag(1, "GPUs (or logical CPU devices) of this machine to train on together. NPUs take one process "
+                            "each.", low=1)
     sync_batch_norm: bool = flag(True, "With several devices: BatchNorm statistics over the global batch, so that n devices "
                                  "compute what one would. On NPU they stay per device.")
     jit_compile: bool = flag(False, "Compile the training loop with XLA; meant for the GPU, without effect on NPU.")
@@ -70,7 +76,7 @@ class Device:
         self.strategy = strategy
         self.options = options
         self.replicas = strategy.num_replicas_in_sync
-        resolver = getattr(strategy, "cluster_resolver", None)
+        resolver = getattr(strategy, "cluster_resolver", None)  # type: Any
         multi_worker = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
         self.workers = len(resolver.cluster_spec().as_dict()["worker"]) if multi_worker else 1
         self.worker_id = resolver.task_id if multi_worker else 0

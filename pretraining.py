@@ -10,24 +10,29 @@ a page of it all. Without data: --dataset shapes.
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import signal
 import sys
 import time
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
-import commands  # before TensorFlow, whose log level it sets
+import commands  # before TensorFlow, whose start it quiets
+
+# isort: split
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
 import checkpoints
 import datasets
 import evaluation
 import losses
 import models
 import npu_config
-import numpy as np
 import progress
 import schedules
-import tensorflow as tf
-from absl import logging
 from commands import UserError, flag
 from models import keras
 
@@ -129,7 +134,7 @@ class Byol(tf.Module):
             # carries nothing but Variables from step to step, not even the loop's index.
             self.recent = tf.Variable(tf.zeros([2, loop_size]), trainable=False, name="recent",
                                       aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
-        self.train_loop = device.compile(self._train_loop)
+        self.train_loop = device.compile(self._train_loop)  # type: Any
 
     @property
     def online_weights(self) -> List[tf.Variable]:
@@ -143,8 +148,8 @@ class Byol(tf.Module):
 
     def broadcast(self) -> None:
         """Give every worker the chief's weights, statistics and optimiser slots."""
-        scale = getattr(self.optimizer, "_loss_scale", None)
-        scaling = [scale.current_loss_scale, scale.counter] if hasattr(scale, "counter") else []  # not if there is none, or it is fixed
+        scale = getattr(self.optimizer, "_loss_scale", None)  # type: Any
+        scaling = [scale.current_loss_scale, scale.counter] if hasattr(scale, "counter") else []  # not if it is fixed
         self._device.broadcast(list(self.variables) + self.optimizer.variables() + scaling)
 
     def _train_loop(self, iterator: Iterator[Any], n: tf.Tensor) -> None:
@@ -316,7 +321,7 @@ class Run:
     def _check_finite(self, step: int) -> None:
         """UserError if a loss since the last look is not a finite number; nothing of it has been saved then."""
         for offset, loss in enumerate(self.history.losses[-self.steps_per_epoch:][::-1]):
-            if loss != loss or abs(loss) == float("inf"):
+            if not math.isfinite(loss):
                 raise UserError("The loss of step %d is %s, so the run stops; its last good checkpoint is kept in %s. Try a lower "
                                 "--learning_rate, or --precision_mode must_keep_origin_dtype."
                                 % (step - offset, loss, self.path("checkpoints")))

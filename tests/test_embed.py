@@ -3,6 +3,11 @@ import json
 import subprocess
 import sys
 
+import numpy as np
+import pytest
+import tensorflow as tf
+from command import run
+
 import checkpoints
 import commands
 import datasets
@@ -10,10 +15,6 @@ import embed
 import evaluation
 import models
 import npu_config
-import numpy as np
-import pytest
-import tensorflow as tf
-from command import run
 from commands import UserError
 
 # What a frozen encoder is made of: no training operators, no variables, no functions.

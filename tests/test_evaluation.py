@@ -1,11 +1,12 @@
 """Features, nearest neighbours and the classifier's training, against plain recomputations."""
+import numpy as np
+import pytest
+import tensorflow as tf
+
 import evaluation
 import graph_check
 import models
 import npu_config
-import numpy as np
-import pytest
-import tensorflow as tf
 from commands import UserError
 
 

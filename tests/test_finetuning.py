@@ -2,15 +2,16 @@
 import json
 import re
 
+import numpy as np
+import pytest
+from command import run
+
 import checkpoints
 import commands
 import datasets
 import finetuning
 import models
 import npu_config
-import numpy as np
-import pytest
-from command import run
 from commands import UserError
 
 

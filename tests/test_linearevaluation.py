@@ -2,6 +2,10 @@
 import json
 import re
 
+import numpy as np
+import pytest
+from command import run
+
 import checkpoints
 import commands
 import datasets
@@ -9,9 +13,6 @@ import evaluation
 import linearevaluation
 import models
 import npu_config
-import numpy as np
-import pytest
-from command import run
 from commands import UserError
 
 

@@ -1,11 +1,12 @@
 """The loss and the spread against NumPy, and the learning rates against numbers worked out by hand."""
 import math
 
-import losses
 import numpy as np
 import pytest
-import schedules
 import tensorflow as tf
+
+import losses
+import schedules
 
 
 def numpy_loss(p, z):

@@ -1,8 +1,9 @@
 """The networks' parameters, shapes and the layers that the specification names."""
-import models
 import numpy as np
 import pytest
 import tensorflow as tf
+
+import models
 from models import keras
 
 

@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 
-import ascend
-import npu_config
 import pytest
 import tensorflow as tf
+
+import ascend
+import npu_config
 from commands import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

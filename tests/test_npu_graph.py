@@ -3,9 +3,10 @@ import os
 import subprocess
 import sys
 
-import graph_check
 import pytest
 import tensorflow as tf
+
+import graph_check
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OPERATORS = os.path.join(ROOT, "..", "shared", "data", "npu_ops_2021.txt")

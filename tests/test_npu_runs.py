@@ -11,12 +11,13 @@ import shutil
 import subprocess
 import sys
 
-import datasets
-import npu_config
 import numpy as np
-import pretraining
 import pytest
 import tensorflow as tf
+
+import datasets
+import npu_config
+import pretraining
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # 50 images in batches of 10: 5 steps an epoch, so that calls of 2 steps leave a remainder.

@@ -1,9 +1,10 @@
 """One train step against a plain eager recomputation, in which Adam, the decay and the moving average are NumPy."""
-import npu_config
 import numpy as np
-import pretraining
 import pytest
 import tensorflow as tf
+
+import npu_config
+import pretraining
 
 
 def make_learner(**settings):

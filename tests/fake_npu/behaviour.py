@@ -3,10 +3,11 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-import commands  # noqa: E402, F401
 import npu_device as npu  # noqa: E402
 import tensorflow as tf  # noqa: E402
 from tensorflow.python.eager import context  # noqa: E402
+
+import commands  # noqa: E402, F401
 
 
 def refused(kind, text, action, *args):
