@@ -4,10 +4,13 @@ A checkpoint is TensorFlow's own, in the folder `checkpoints`, plus a file of SH
 one without sums was cut off while it was written, and one whose sums do not fit is damaged; neither is used.
 """
 import collections
+import contextlib
 import glob
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
 from typing import Any, Container, Dict, List, Optional, Tuple
 
@@ -17,8 +20,10 @@ from absl import logging
 
 import commands
 from commands import UserError
+from models import keras
 
 SUMS = ".sha256.json"
+RESULTS = ("config.json", "losses.txt", "metrics.json", "result.json", "views.png", "checkpoints")
 
 
 class History(tf.train.experimental.PythonState):
@@ -46,23 +51,36 @@ class Checkpoints:
 
     def __init__(self, folder: str, state: Dict[str, Any], keep: int) -> None:
         self._folder = folder
+        self._keep = keep
         self._checkpoint = tf.train.Checkpoint(**state)
-        self._manager = tf.train.CheckpointManager(self._checkpoint, folder, max_to_keep=keep)
+        # The manager drops old ones before the new one's sums vouch for it, so it must have none to drop: `save` does.
+        most = max(keep, len(finished(folder))) + 1
+        self._manager = tf.train.CheckpointManager(self._checkpoint, folder, max_to_keep=most)
 
     def save(self, step: int) -> str:
         """Write the state as of `step` and drop the oldest beyond `keep`. UserError if the disk will not take it."""
+        path = os.path.join(self._folder, "ckpt-%d" % step)
         try:
-            path = str(self._manager.save(checkpoint_number=step))
-            files = [name for name in sorted(glob.glob(glob.escape(path) + ".*")) if not name.endswith(SUMS)]
+            if os.path.exists(path + SUMS):  # a damaged one, or this run would not be at this step again
+                os.remove(path + SUMS)
+            self._manager.save(checkpoint_number=step)
+            files = [name for name in sorted(glob.glob(glob.escape(path) + ".*"))
+                     if re.search(r"\.(index|data-\d+-of-\d+)$", name)]
             for name in files:  # on the disk, not only in its cache, before the sums vouch for them
                 with open(name, "rb+") as file:
                     os.fsync(file.fileno())
             commands.write_json(path + SUMS, {os.path.basename(name): _sha256(name) for name in files})
-        except (OSError, tf.errors.OpError) as error:
-            self._remove_unfinished()
-            raise UserError("Could not write the checkpoint of step %d into %s (%s); the earlier ones are whole. Make room, then "
-                            "start the same command again." % (step, self._folder, _first_line(error)))
-        self._remove_unfinished()
+        except (OSError, UserError, tf.errors.OpError) as error:
+            with contextlib.suppress(OSError):
+                remove_unfinished(self._folder)
+            raise UserError("Could not write the checkpoint of step %d into %s (%s); the earlier ones are whole. Make room, "
+                            "then start the same command again." % (step, self._folder, _first_line(error)))
+        # One of a later step is damaged: had it been whole, the run would have gone on from it.
+        numbers = [number for number in map(_step, finished(self._folder)) if number <= step]
+        for other in finished(self._folder):
+            if _step(other) not in numbers[:self._keep]:
+                os.remove(other + SUMS)
+        remove_unfinished(self._folder)
         return path
 
     def restore(self) -> Optional[str]:
@@ -78,18 +96,19 @@ class Checkpoints:
                 return path
             logging.warning("The checkpoint %s is damaged (%s); trying the one before it.", path, problem)
         if found:
-            raise UserError("None of the %d checkpoints in %s is whole; restore them from a copy, or start anew with --noresume "
-                            "--overwrite." % (len(found), self._folder))
+            raise UserError("None of the %d checkpoints in %s is whole; restore them from a copy, or start anew with "
+                            "--noresume --overwrite." % (len(found), self._folder))
         return None
 
-    def _remove_unfinished(self) -> None:
-        """Remove what a write that was cut off left behind, and the sums of checkpoints that have been dropped."""
-        keep = {os.path.basename(path) for path in self._manager.checkpoints}
-        for name in os.listdir(self._folder):
-            stem = name.split(".")[0].split("_temp")[0]
-            whole = stem in keep and os.path.exists(os.path.join(self._folder, stem + SUMS))
-            if stem.startswith("ckpt-") and not whole:
-                remove(os.path.join(self._folder, name))
+
+def remove_unfinished(folder: str) -> None:
+    """Remove from the folder `checkpoints` what belongs to none that was finished, as a write leaves it that was cut off."""
+    whole = {os.path.basename(path) for path in finished(folder)}
+    for name in os.listdir(folder):
+        match = re.match(r"(ckpt-\d+)(\.index|\.data-\d+-of-\d+|%s)$" % re.escape(SUMS), name)
+        ours = name.startswith(("ckpt-", ".tmp-", "checkpoint.tmp"))
+        if ours and not (match and match.group(1) in whole):
+            remove(os.path.join(folder, name))
 
 
 def claim_folder(output_dir: str, settings: Dict[str, Any], free: Container[str], resume: bool, overwrite: bool) -> None:
@@ -100,18 +119,23 @@ def claim_folder(output_dir: str, settings: Dict[str, Any], free: Container[str]
     path = os.path.join(output_dir, "config.json")
     folder = os.path.join(output_dir, "checkpoints")
     if not resume:
-        results = sorted(name for name in os.listdir(output_dir)
-                         if name in ("config.json", "losses.txt", "checkpoints") or name.startswith("f_online_"))
+        results = sorted(name for name in os.listdir(output_dir) if name in RESULTS or name.startswith("f_online_"))
         if results and not overwrite:
             raise UserError("--noresume, but %s holds an earlier run (%s); add --overwrite, or choose another --output_dir."
                             % (output_dir, ", ".join(results)))
-        for name in results:
-            remove(os.path.join(output_dir, name))
-    elif os.path.isdir(folder) and finished(folder):
+        curves = glob.glob(os.path.join(glob.escape(output_dir), "logs", "events.out.tfevents.*"))
+        for name in curves + [os.path.join(output_dir, name) for name in results]:
+            remove(name)
+    elif not os.path.isdir(folder) or not finished(folder):
+        if os.path.exists(os.path.join(output_dir, "losses.txt")):  # which comes after the first checkpoint
+            raise UserError("%s has the losses.txt of an earlier run, but no finished checkpoint to go on from; restore the folder "
+                            "checkpoints from a copy, choose another --output_dir, or start anew with --noresume --overwrite."
+                            % output_dir)
+    else:
         try:
             with open(path) as file:
-                before = json.load(file)
-        except (OSError, ValueError) as error:
+                before = dict(json.load(file))
+        except (OSError, ValueError, TypeError) as error:
             raise UserError("%s cannot be read (%s), so this run cannot tell whether it may go on from the checkpoints beside it; "
                             "restore it, or start anew with --noresume --overwrite." % (path, _first_line(error)))
         differing = ["%s was %s, is %s" % (name, before.get(name), settings[name])
@@ -119,6 +143,11 @@ def claim_folder(output_dir: str, settings: Dict[str, Any], free: Container[str]
         if differing:
             raise UserError("The run in %s was made with other settings (%s); give the same, or choose another --output_dir."
                             % (output_dir, "; ".join(differing)))
+    for name in os.listdir(output_dir):  # what a run that was killed had not finished
+        if re.match(r"\.tmp-\w{8}-(%s|f_online_\w+\.h5)$" % "|".join(map(re.escape, RESULTS)), name):
+            os.remove(os.path.join(output_dir, name))
+    if os.path.isdir(folder):
+        remove_unfinished(folder)
     commands.write_json(path, settings)
 
 
@@ -132,8 +161,12 @@ def remove(path: str) -> None:
 
 def finished(folder: str) -> List[str]:
     """Paths of the checkpoints in `folder` that were written to their end, newest first."""
-    names = [name[:-len(SUMS)] for name in os.listdir(folder) if name.startswith("ckpt-") and name.endswith(SUMS)]
-    return [os.path.join(folder, name) for name in sorted(names, key=lambda name: -int(name.split("-")[1]))]
+    names = [name[:-len(SUMS)] for name in os.listdir(folder) if re.match(r"ckpt-\d+%s$" % re.escape(SUMS), name)]
+    return sorted((os.path.join(folder, name) for name in names), key=_step, reverse=True)
+
+
+def _step(path: str) -> int:
+    return int(path.rpartition("-")[2])
 
 
 def _damage(path: str) -> Optional[str]:
@@ -164,9 +197,23 @@ def _first_line(error: BaseException) -> str:
 # Weight files
 
 def save_weights(network: Any, path: str) -> None:
-    """Write a network's weights as Keras 2's HDF5 file, all of it or nothing."""
-    with commands.atomic_path(path) as temporary:
-        network.save_weights(temporary, save_format="h5")
+    """Write a network's weights in the layout of Keras 2's `save_weights`, all of it or nothing.
+
+    The file is made in memory: HDF5 that writes to a full disk itself crashes the process (h5py 3, TensorFlow 2.21).
+    """
+    import h5py
+
+    memory = io.BytesIO()
+    with h5py.File(memory, "w") as file:
+        file.attrs.update(layer_names=[layer.name.encode() for layer in network.layers], backend=b"tensorflow",
+                          keras_version=keras.__version__.encode())
+        for layer in network.layers:
+            weights = layer.trainable_weights + layer.non_trainable_weights
+            group = file.create_group(layer.name)
+            group.attrs["weight_names"] = [weight.name.encode() for weight in weights]
+            for weight, value in zip(weights, keras.backend.batch_get_value(weights)):
+                group.create_dataset(weight.name, data=value)
+    commands.write_atomically(path, memory.getvalue())
 
 
 def load_weights(network: Any, path: str) -> None:
@@ -197,7 +244,7 @@ def _read(path: str) -> List[Tuple[str, np.ndarray]]:
             root = file["model_weights"] if "model_weights" in file else file
             return [("%s|%s" % (_text(group), _text(name)), np.array(root[_text(group)][_text(name)]))
                     for group in root.attrs["layer_names"] for name in root[_text(group)].attrs["weight_names"]]
-    except (OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise UserError("%s is not a whole Keras weights file in HDF5 (%s); copy or save it again."
                         % (path, _first_line(error).strip("'\"")))
 
@@ -241,5 +288,5 @@ def _describe(layers: Layers) -> str:
     """For example: resnet18 with width_multiplier 0.25."""
     names = {20: "resnet18", 36: "resnet34"}
     if len(layers) not in names:
-        return "no encoder known here (%d convolutions with BatchNorm)" % len(layers)
+        return "no encoder known here"
     return "%s with width_multiplier %g" % (names[len(layers)], layers[0][0]["kernel"].shape[-1] / 64)

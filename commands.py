@@ -4,6 +4,7 @@ To be imported before TensorFlow: it decides what TensorFlow prints while it sta
 """
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import platform
@@ -141,9 +142,10 @@ def atomic_path(path: str) -> Iterator[str]:
     'whole'
     """
     folder, name = os.path.split(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".tmp-", suffix="-" + name)
-    os.close(handle)
+    temporary = ""
     try:
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".tmp-", suffix="-" + name)
+        os.close(handle)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -151,9 +153,11 @@ def atomic_path(path: str) -> Iterator[str]:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner may read
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # which name no file
+            raise UserError("Could not write %s (%s); what was there before is whole." % (path, error.strerror or error))
         raise
 
 

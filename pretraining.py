@@ -117,7 +117,7 @@ class Byol(tf.Module):
         self._device = device
         make_encoder = functools.partial(models.ENCODERS[config.encoder], config.width_multiplier)
         base = schedules.scaled_learning_rate(config.learning_rate, config.batch_size)
-        schedule = schedules.LEARNING_RATES[config.lr_schedule]
+        self.schedule = functools.partial(schedules.LEARNING_RATES[config.lr_schedule], base=base, total_steps=total_steps)
         with device.scope():
             self.f_online, self.g_online, self.q_online = make_encoder(), models.ProjectionHead(), models.ProjectionHead()
             self.f_target, self.g_target = make_encoder(), models.ProjectionHead()
@@ -126,8 +126,7 @@ class Byol(tf.Module):
                 head.build((None, width))
             self.step = tf.Variable(0, trainable=False, dtype=tf.int64, name="step",
                                     aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
-            self.learning_rate = lambda: schedule(self.step, base, total_steps)
-            optimizer = AdamW(config.weight_decay, learning_rate=self.learning_rate, beta_1=config.momentum)
+            optimizer = AdamW(config.weight_decay, learning_rate=lambda: self.schedule(self.step), beta_1=config.momentum)
             optimizer._create_all_weights(self.online_weights)  # now, so that a checkpoint finds them all
             self.optimizer = device.loss_scaled(optimizer)
             # (2, loop_size): loss and spread of the latest steps, the newest last. The loop shifts them in, since the NPU
@@ -231,7 +230,8 @@ class Run:
             folder = self.path("checkpoints")
             os.makedirs(folder, exist_ok=True)
             self.checkpoints = checkpoints.Checkpoints(folder, state, self.config.keep_checkpoint_max)
-            restored = self.checkpoints.restore()
+            # With --noresume there is none once the chief has cleared the folder, for which the other workers do not wait.
+            restored = self.checkpoints.restore() if self.config.resume else None
         self.learner.broadcast()
         if restored:
             self.say("Resuming from step %d of %d (%s)." % (self.step, self.total_steps, restored))
@@ -282,6 +282,7 @@ class Run:
                 self._check_finite(step)
                 self._end_epoch(step)
             if batch == self.steps_per_epoch or step % self.config.save_checkpoints_steps == 0:
+                self._check_finite(step)
                 self._save(step)
                 saved = step
                 since, since_step = time.time(), step
@@ -290,6 +291,8 @@ class Run:
             if not self.signals:  # the end that --max_steps asked for
                 self._save_weights("f_online_step_%d.h5" % step)
             self._save(step)
+        elif step:
+            self._write_losses()  # which a run that was killed after its last checkpoint has not done
 
     def _steps_to_take(self, step: int, seconds_a_step: Optional[float]) -> int:
         """How many steps the next call of the loop takes: up to the next log line, checkpoint or end, whichever is first."""
@@ -300,7 +303,7 @@ class Run:
 
     def _log(self, step: int, recent: Any, seconds_a_step: float, seconds: float) -> None:
         """The known line, and after it what else is worth knowing."""
-        self._check_finite(step)
+        self._check_finite(step, weights=False)  # reading them all is for when they are saved
         loss, spread = float(recent[0, -1]), float(recent[1, -1])
         epoch, batch = (step - 1) // self.steps_per_epoch + 1, (step - 1) % self.steps_per_epoch + 1
         images_a_second = self.config.batch_size / seconds_a_step
@@ -309,7 +312,7 @@ class Run:
                  % (epoch, self.config.num_epochs, batch, self.steps_per_epoch, loss, seconds, images_a_second, spread,
                     left // 3600, left // 60 % 60, left % 60))
         self.history.log.append({"step": step, "loss": loss, "spread": spread, "images_per_second": images_a_second,
-                                 "learning_rate": float(self.learner.learning_rate()), "time": time.time()})
+                                 "learning_rate": float(self.learner.schedule(step)), "time": time.time()})
         if self.device.is_chief:
             figures = self.history.log[-1]
             self.curves.scalars(step, {name: figures[name] for name in ("loss", "spread", "images_per_second", "learning_rate")})
@@ -318,13 +321,18 @@ class Run:
             logging.warning("The projections have all but collapsed: their spread is %.5f at step %d, where %.4f is even spread and 0 "
                             "is collapse. A lower --learning_rate or a higher --target_momentum may help.", spread, step, even)
 
-    def _check_finite(self, step: int) -> None:
-        """UserError if a loss since the last look is not a finite number; nothing of it has been saved then."""
-        for offset, loss in enumerate(self.history.losses[-self.steps_per_epoch:][::-1]):
-            if not math.isfinite(loss):
-                raise UserError("The loss of step %d is %s, so the run stops; its last good checkpoint is kept in %s. Try a lower "
-                                "--learning_rate, or --precision_mode must_keep_origin_dtype."
-                                % (step - offset, loss, self.path("checkpoints")))
+    def _check_finite(self, step: int, weights: bool = True) -> None:
+        """UserError if a loss since the last look, or a weight now, is not a finite number; none of it has been saved then."""
+        recent = self.history.losses[-self.steps_per_epoch:]
+        bad = next((i for i, loss in enumerate(recent) if not math.isfinite(loss)), None)
+        if bad is not None:
+            what = "The loss of step %d is %s" % (step - len(recent) + bad + 1, recent[bad])
+        elif weights and not all(np.isfinite(weight.numpy()).all() for weight in self.learner.f_online.weights):
+            what = "The weights after step %d are not finite" % step
+        else:
+            return
+        raise UserError("%s, so the run stops; its last good checkpoint is kept in %s. Try a lower --learning_rate, or "
+                        "--precision_mode must_keep_origin_dtype." % (what, self.path("checkpoints")))
 
     def _end_epoch(self, step: int) -> None:
         epoch = step // self.steps_per_epoch
@@ -350,11 +358,26 @@ class Run:
             self.curves.scalars(step, {"knn_accuracy": accuracy})
         self.say("[Epoch %d/%d] k-NN accuracy=%.4f" % (epoch, self.config.num_epochs, accuracy))
 
+    def sum_up(self) -> None:
+        """Tell what training did to the k-NN accuracy, where it was evaluated before and after, and if nothing, that too."""
+        knn = self.history.knn
+        if self.signals or len(knn) < 2 or knn[0]["step"] > 0:
+            return
+        before, after = knn[0]["accuracy"], knn[-1]["accuracy"]
+        told = "" if after > before else (" It has not risen: BYOL's features first get worse than random ones and need thousands of "
+                                          "steps to get better; the README has the curve of a longer run.")
+        self.say("k-NN accuracy was %.4f before training and is %.4f now.%s" % (before, after, told))
+
     def _save(self, step: int) -> None:
         """Checkpoint, losses and figures, as of this step."""
         if not self.device.is_chief:
             return
         self.checkpoints.save(step)
+        self._write_losses()
+
+    def _write_losses(self) -> None:
+        if not self.device.is_chief:
+            return
         commands.write_atomically(self.path("losses.txt"), "".join("%.9g\n" % loss for loss in self.history.losses))
         commands.write_json(self.path("metrics.json"), {"log": self.history.log, "knn": self.history.knn})
 
@@ -384,10 +407,11 @@ def main() -> None:
         run.start()
         with commands.signals() as run.signals:
             run.train()
+        run.sum_up()
         if device.is_chief:
             log = run.history.log
             commands.write_result(os.path.join(config.output_dir, "result.json"), {
-                "steps": run.step, "loss": run.history.losses[-1], "spread": log[-1]["spread"] if log else None,
+                "steps": run.step, "loss": (run.history.losses or [None])[-1], "spread": log[-1]["spread"] if log else None,
                 "knn": run.history.knn[-1]["accuracy"] if run.history.knn else None,
                 "seconds": time.time() - started, "device": device.describe(), "config": dataclasses.asdict(config)})
     if run.signals:

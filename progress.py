@@ -154,7 +154,7 @@ def sheet(rows: Sequence[np.ndarray], frames: Optional[Sequence[np.ndarray]] = N
     frames: for each row the colours, uint8 (n, 3), of frames around its images.
     """
     number, size = rows[0].shape[:2]
-    scale, gap, frame = max(1, TILE // size), 6, 3
+    scale, gap, frame = max(1, TILE // size), 8, 3
     tile = size * scale
     columns = min(SHEET_COLUMNS, number)
     block = len(rows) * (tile + gap) + 2 * gap

@@ -226,7 +226,7 @@ def figures(run: Run) -> Dict[str, str]:
     """What is worth telling of a run, in words: the columns of the table of results."""
     last = run.losses[-run.steps_per_epoch:]
     done = run.results["pretraining"]
-    table = {"steps": "%d of %d epochs (%d steps)" % (len(run.losses) // run.steps_per_epoch, run.config["num_epochs"],
+    table = {"trained": "%d of %d epochs (%d steps)" % (len(run.losses) // run.steps_per_epoch, run.config["num_epochs"],
                                                      len(run.losses)),
              "loss, mean of the last epoch": "%.4f" % last.mean()}
     if run.knn:
@@ -311,7 +311,8 @@ def write(folders: Sequence[str], output: Optional[str] = None, searched: int = 
     similar = []  # type: List[Tuple[str, Any]]
     for run in runs if searched else []:
         try:
-            similar.append((run.name, progress.encode_png(neighbours(run, searched))))
+            png = progress.encode_png(neighbours(run, searched))
+            similar.append(("%s, by %s" % (run.name, os.path.basename(run.weights() or "")), png))
         except UserError as error:
             similar.append((run.name + ":", str(error)))
     pictures = [("Images (top) and their two views", _found(runs, "views.png")),

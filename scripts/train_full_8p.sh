@@ -37,19 +37,20 @@ stop() { # A process that waits for another in HCCL does not heed SIGTERM.
     kill -KILL "${pids[@]}" 2>/dev/null || true
 }
 status=0
-trap 'stop; exit 143' TERM
-trap 'stop; exit 130' INT
+: >"$output/train_0.log"
+tail -n +1 -f --pid=$$ "$output/train_0.log" &
+follow=$!
+trap 'stop; kill "$follow"; exit 143' TERM
+trap 'stop; kill "$follow"; exit 130' INT
 for ((rank = 0; rank < ranks; rank++)); do
     RANK_TABLE_FILE=$table RANK_SIZE=$ranks RANK_ID=$rank ASCEND_DEVICE_ID=$rank \
         "$python" "${pretraining[@]}" >"$output/train_$rank.log" 2>&1 &
     pids+=($!)
 done
-tail -n +1 -f --pid=$$ "$output/train_0.log" &
-follow=$!
 while running && [ $status -eq 0 ]; do
     sleep 1
 done
-kill $follow
+kill "$follow"
 if [ $status -ne 0 ]; then
     stop
     tail -n 3 "$output"/train_[0-9].log >&2

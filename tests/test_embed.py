@@ -157,11 +157,11 @@ def test_the_projection_is_drawn(main, shapes, tmp_path):
 
 def test_projections_keep_clusters_apart():
     pytest.importorskip("sklearn")
-    labels = np.arange(90) % 3
-    features = np.eye(3)[labels] * 10 + np.random.RandomState(0).randn(90, 3)
+    labels = np.arange(45) % 3
+    features = np.eye(3)[labels] * 10 + np.random.RandomState(0).randn(45, 3)
     for name, points in embed.project(features.astype(np.float32), 0).items():
-        assert points.shape == (90, 2)
-        distances = np.linalg.norm(points[:, None] - points, axis=2) + 1e9 * np.eye(90)
+        assert points.shape == (45, 2)
+        distances = np.linalg.norm(points[:, None] - points, axis=2) + 1e9 * np.eye(45)
         assert (labels[distances.argmin(axis=1)] == labels).mean() > 0.95, name
 
 

@@ -93,9 +93,9 @@ def test_from_scratch_it_trains_until_the_loss_is_small(main):
 
 
 def test_few_labels_are_trained_on_for_enough_steps(main):
-    result = main(label_fraction=0.05, num_epochs=None, max_steps=1)
+    result = main(freeze=True, label_fraction=0.05, num_epochs=None, max_steps=1)
     assert result["labels"] == 10 and result["epochs"] == 1000 and result["steps"] == 1
-    assert main(num_epochs=None, batch_size=2, max_steps=1)["epochs"] == 50
+    assert main(freeze=True, num_epochs=None, batch_size=2, max_steps=1)["epochs"] == 50
 
 
 def test_labels_are_chosen_evenly_nested_and_by_seed():
@@ -141,7 +141,7 @@ def test_without_matplotlib_the_figures_are_kept(main, monkeypatch, caplog, tmp_
     find = finetuning.importlib.util.find_spec
     monkeypatch.setattr(finetuning.importlib.util, "find_spec",
                         lambda name, *rest: None if name == "matplotlib" else find(name, *rest))
-    assert main(max_steps=1)["confusion"]
+    assert main(freeze=True, max_steps=1)["confusion"]
     assert not (tmp_path / "confusion_matrix.png").exists() and "pip install matplotlib" in caplog.text
 
 

@@ -20,14 +20,15 @@ import npu_config
 import pretraining
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# 50 images in batches of 10: 5 steps an epoch, so that calls of 2 steps leave a remainder.
+# 80 images in batches of 16: 5 steps an epoch, so that calls of 2 steps leave a remainder.
 EPOCHS = 2
-FLAGS = ["--dataset=folder", "--width_multiplier=0.0625", "--batch_size=10"]
+BATCH = 16
+FLAGS = ["--dataset=folder", "--width_multiplier=0.0625", "--batch_size=%d" % BATCH]
 
 
 def make_images(folder):
     random = np.random.RandomState(0)
-    for split, count in (("train", 25), ("test", 5)):
+    for split, count in (("train", 40), ("test", 5)):
         for name in ("first", "second"):
             os.makedirs(os.path.join(folder, split, name))
             for i in range(count):
@@ -97,7 +98,7 @@ class TwoHalves(npu_config.Device):
 
     def run(self, function, args):
         self.gradients = []
-        losses, spreads = zip(*[function(*[x[half * 5:half * 5 + 5] for x in args]) for half in (0, 1)])
+        losses, spreads = zip(*[function(*[x[first:first + BATCH // 2] for x in args]) for first in (0, BATCH // 2)])
         return sum(losses) / 2, sum(spreads) / 2
 
     def _apply(self, optimizer, gradients, weights):
@@ -108,7 +109,7 @@ class TwoHalves(npu_config.Device):
 
 def losses_of_two_halves(folder):
     """Five steps on one device, then five on two."""
-    config = pretraining.Config(device="cpu", dataset="folder", data_dir=folder, width_multiplier=1 / 16, batch_size=10)
+    config = pretraining.Config(device="cpu", dataset="folder", data_dir=folder, width_multiplier=1 / 16, batch_size=BATCH)
     device = npu_config.open_device(config)
     device.set_seed(config.seed)
     images = datasets.load("folder", folder).train_images
@@ -116,7 +117,7 @@ def losses_of_two_halves(folder):
     losses = []
     for first in (0, 5):
         step = tf.function(learner.train_step_pretraining)
-        for x1, x2 in datasets.pretraining_batches(images, 10, config.seed, first, first + 5):
+        for x1, x2 in datasets.pretraining_batches(images, BATCH, config.seed, first, first + 5):
             step(x1, x2)
             losses.append(float(learner.recent[0, -1]))
         learner._device = TwoHalves("cpu", tf.distribute.get_strategy(), config)
@@ -198,20 +199,20 @@ def result_log(path):
 
 
 def test_the_result_log_of_a_performance_run(runs):
-    log = result_log(runs.path("cpu", "BYOL_for_TensorFlow2_bs10_1p_perf.log"))
+    log = result_log(runs.path("cpu", "BYOL_for_TensorFlow2_bs16_1p_perf.log"))
     assert list(log) == ["Network", "RankSize", "BatchSize", "DeviceType", "CaseName", "ActualFPS", "TrainingTime",
                          "TrainAccuracy", "ActualLoss", "E2ETrainingTime"]
-    assert log["RankSize"] == "1" and log["BatchSize"] == "10" and log["DeviceType"] == os.uname().machine
+    assert log["RankSize"] == "1" and log["BatchSize"] == "16" and log["DeviceType"] == os.uname().machine
     assert float(log["ActualLoss"]) == runs.losses("cpu", "run")[-1]
     value, unit = log["TrainingTime"].split()
-    assert unit == "ms/step" and float(value) == pytest.approx(10000 / float(log["ActualFPS"]), abs=1e-3)
+    assert unit == "ms/step" and float(value) == pytest.approx(16000 / float(log["ActualFPS"]), abs=1e-3)
     assert log["E2ETrainingTime"].endswith(" s") and float(log["E2ETrainingTime"][:-2]) > 1
     with open(runs.path("cpu", "run", "result.json")) as file:
         assert float(log["TrainAccuracy"]) == pytest.approx(json.load(file)["knn"], abs=1e-4)
 
 
 def test_the_result_log_of_a_full_run(runs):
-    log = result_log(runs.path("two", "BYOL_for_TensorFlow2_bs10_2p_acc.log"))
-    assert log["RankSize"] == "2" and log["CaseName"] == "BYOL_for_TensorFlow2_bs10_2p_acc"
+    log = result_log(runs.path("two", "BYOL_for_TensorFlow2_bs16_2p_acc.log"))
+    assert log["RankSize"] == "2" and log["CaseName"] == "BYOL_for_TensorFlow2_bs16_2p_acc"
     assert "Test Accuracy: %s\n" % log["TrainAccuracy"] in runs.output("two")
     assert os.path.isdir(runs.images)  # the old scripts moved the data set away

@@ -70,7 +70,7 @@ def test_nothing_but_warnings_reaches_stderr(finished):
     (["--loss_scale=big"], ["loss_scale", "big"]),
 ])
 def test_bad_input_is_one_clear_line(tmp_path, flags, words):
-    status, out, error = pretrain(tmp_path / "out", *flags)
+    status, out, error = pretrain(tmp_path / "out", *flags, forked=True)
     assert status not in (0, None)
     lines = [line for line in error.splitlines() if line.strip()]
     assert len(lines) == 1 and "Traceback" not in error, error

@@ -1,0 +1,400 @@
+"""Checkpoints and weight files: to the bit, rotated, damaged, cut off, from other programs and other TensorFlows."""
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import checkpoints
+import models
+import npu_config
+import pretraining
+from commands import UserError
+from conftest import ROOT
+from models import keras
+
+IMAGES = np.random.RandomState(0).rand(2, 16, 16, 3).astype(np.float32)
+
+
+def features(encoder):
+    return encoder(IMAGES, training=False).numpy()
+
+
+def trained_encoder(width=1 / 16, make=models.ResNet18):
+    """An encoder whose statistics and biases are not those of a new one."""
+    encoder = make(width)
+    random = np.random.RandomState(1)
+    encoder.set_weights([array + 0.1 * random.rand(*array.shape) for array in encoder.get_weights()])
+    return encoder
+
+
+# The training state
+
+class Small:
+    """A state with one of everything, kept in a folder."""
+
+    def __init__(self, folder, keep=5):
+        self.folder = folder
+        self.weight, self.history = tf.Variable(np.zeros(1000, np.float32)), checkpoints.History()
+        self.kept = checkpoints.Checkpoints(str(folder), {"weight": self.weight, "history": self.history}, keep)
+
+    def save(self, step):
+        self.weight.assign(np.full(1000, step, np.float32))
+        self.history.losses = [1 / 3] * step
+        return self.kept.save(step)
+
+    def steps(self):
+        return sorted(int(path.name.split("-")[1].split(".")[0]) for path in self.folder.glob("ckpt-*.index"))
+
+
+def restored_step(folder):
+    other = Small(folder)
+    found = other.kept.restore()
+    if found is None:
+        return None
+    assert len(set(other.weight.numpy())) == 1 and other.history.losses == [1 / 3] * int(other.weight[0])
+    return int(other.weight[0])
+
+
+def learner(scaled):
+    config = pretraining.Config(device="cpu", width_multiplier=1 / 16, loss_scale="dynamic" if scaled else "none")
+    return pretraining.Byol(config, npu_config.open_device(config), total_steps=10, loop_size=1)
+
+
+def test_the_whole_state_comes_back_to_the_bit(tmp_path):
+    first, history = learner(True), checkpoints.History()
+    random = np.random.RandomState(0)
+    inner = first.optimizer.variables()
+    for variable in list(first.variables) + list(inner):
+        value = random.rand(*variable.shape) * (1 if variable.dtype.is_floating else 100)
+        variable.assign(tf.cast(value, variable.dtype))
+    first.optimizer._loss_scale.current_loss_scale.assign(4096.0)
+    first.optimizer._loss_scale.counter.assign(17)
+    history.losses, history.log, history.knn = [0.1, 1 / 3], [{"step": 2, "loss": 1 / 3}], [{"epoch": 0, "accuracy": 0.1}]
+    checkpoints.Checkpoints(str(tmp_path), dict(first.state(), history=history), 1).save(2)
+    second, again = learner(True), checkpoints.History()
+    assert checkpoints.Checkpoints(str(tmp_path), dict(second.state(), history=again), 1).restore().endswith("ckpt-2")
+    assert len(second.optimizer.variables()) == 2 * len(second.online_weights) + 1
+    pairs = list(zip(first.variables, second.variables)) + list(zip(inner, second.optimizer.variables()))
+    for mine, other in pairs:
+        if "recent" not in mine.name:
+            np.testing.assert_array_equal(mine, other, err_msg=mine.name)
+    scale = second.optimizer._loss_scale
+    assert (float(scale.current_loss_scale), int(scale.counter)) == (4096, 17)
+    assert (again.losses, again.log, again.knn) == (history.losses, history.log, history.knn)
+
+
+def test_steps_skipped_by_loss_scaling_are_no_failure():
+    made = learner(True)
+    made.optimizer._loss_scale.current_loss_scale.assign(2.0 ** 127)
+    before = [weight.numpy() for weight in made.online_weights]
+    x = tf.random.stateless_uniform((4, 8, 8, 3), [1, 2])
+    made.train_step_pretraining(x, x[::-1])
+    for array, weight in zip(before, made.online_weights):
+        np.testing.assert_array_equal(array, weight)
+    assert np.isfinite(made.recent.numpy()).all() and float(made.optimizer.loss_scale) == 2.0 ** 126
+    assert all(np.isfinite(weight.numpy()).all() for weight in made.f_online.weights)
+
+
+def test_the_oldest_are_dropped(tmp_path):
+    small = Small(tmp_path, keep=2)
+    for step in (5, 10, 15, 20):
+        small.save(step)
+    assert small.steps() == [15, 20] and restored_step(tmp_path) == 20
+    assert Small(tmp_path, keep=1).save(100) and small.steps() == [100]
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_one_that_was_cut_off_is_ignored_and_removed(tmp_path, keep):
+    Small(tmp_path, keep).save(5)
+    (tmp_path / "ckpt-10_temp").mkdir()
+    for name in ("ckpt-10_temp/part-0", "ckpt-10.index", "ckpt-10.data-00000-of-00001", "ckpt-10.index.tempstate1",
+                 "checkpoint.tmp12", ".tmp-abcdefgh-ckpt-10.sha256.json"):
+        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / "mine.txt").write_text("not ours")
+    assert restored_step(tmp_path) == 5
+    checkpoints.remove_unfinished(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint", "ckpt-5.data-00000-of-00001", "ckpt-5.index", "ckpt-5.sha256.json", "mine.txt"]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_kill_at_any_moment_of_saving_leaves_a_whole_one(tmp_path, monkeypatch, keep):
+    """A process that is killed does no more than it had done: here an error that nothing handles, at each step of a save."""
+    class Killed(BaseException):
+        pass
+
+    def stop(*arguments):
+        raise Killed
+
+    Small(tmp_path, keep).save(5)
+    for target, name in ((tf.train.CheckpointManager, "save"), (checkpoints, "_sha256"), (checkpoints.commands, "write_json"),
+                         (checkpoints, "remove_unfinished")):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, stop)
+            with pytest.raises(Killed):
+                Small(tmp_path, keep).save(10)
+        assert restored_step(tmp_path) == (10 if name == "remove_unfinished" else 5)
+
+
+def test_none_is_none(tmp_path):
+    assert restored_step(tmp_path) is None
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    elif how == "short":
+        path.write_bytes(content[:-1])
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:
+        place = int(how * (len(content) - 1))
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
+
+
+@pytest.mark.parametrize("ending", ["data-00000-of-00001", "index", "sha256.json"])
+@pytest.mark.parametrize("how", ["gone", "short", "empty", 0.0, 0.3, 0.5, 0.9])
+def test_a_damaged_one_is_named_and_the_one_before_used(tmp_path, monkeypatch, ending, how):
+    small = Small(tmp_path)
+    small.save(5)
+    small.save(10)
+    path = tmp_path / ("ckpt-10." + ending)
+    damage(path, how)
+    before = path.exists() and path.read_bytes()
+    if ending == "sha256.json" and how == "gone":  # no different from one that was not finished
+        assert restored_step(tmp_path) == 5
+        return
+    messages = []
+    monkeypatch.setattr(checkpoints.logging, "warning", lambda text, *values: messages.append(text % values))
+    step = restored_step(tmp_path)
+    if ending == "sha256.json" and how == "short":  # its last line's end: the sums are all there
+        assert step == 10 and before
+        return
+    assert step == 5 and len(messages) == 1 and "ckpt-10 is damaged" in messages[0]
+    again = Small(tmp_path)
+    again.kept.restore()
+    again.save(7)  # the damaged one is of a later step; it must not outlive this one
+    assert again.steps() == [5, 7] and restored_step(tmp_path) == 7
+
+
+def test_none_good_is_an_error(tmp_path):
+    Small(tmp_path).save(5)
+    damage(tmp_path / "ckpt-5.index", 0.5)
+    with pytest.raises(UserError, match="None of the 1 checkpoints in .* is whole"):
+        restored_step(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage {", b"\xff\xfe", b'model_checkpoint_path: "/nowhere/ckpt-3"\n'])
+def test_tensorflows_own_list_may_be_damaged(tmp_path, content):
+    small = Small(tmp_path, keep=2)
+    small.save(5)
+    small.save(10)
+    (tmp_path / "checkpoint").write_bytes(content)
+    assert restored_step(tmp_path) == 10
+    Small(tmp_path, keep=2).save(15)
+    assert small.steps() == [10, 15] and restored_step(tmp_path) == 15
+
+
+# Weight files
+
+def test_the_file_is_what_keras_would_write(tmp_path):
+    encoder = trained_encoder()
+    ours, theirs = str(tmp_path / "ours.h5"), str(tmp_path / "theirs.h5")
+    checkpoints.save_weights(encoder, ours)
+    encoder.save_weights(theirs, save_format="h5")
+    with h5py.File(ours, "r") as mine, h5py.File(theirs, "r") as other:
+        assert list(mine.attrs["layer_names"]) == list(other.attrs["layer_names"])
+        assert mine.attrs["backend"] == other.attrs["backend"] and mine.attrs["keras_version"] == other.attrs["keras_version"]
+        for layer in mine.attrs["layer_names"]:
+            names = list(mine[layer].attrs["weight_names"])
+            assert names == list(other[layer].attrs["weight_names"])
+            for name in names:
+                np.testing.assert_array_equal(mine[layer][name], other[layer][name])
+                assert mine[layer][name].dtype == other[layer][name].dtype
+    for path in (ours, theirs):
+        loaded, by_keras = models.ResNet18(1 / 16), models.ResNet18(1 / 16)
+        checkpoints.load_weights(loaded, path)
+        by_keras.load_weights(path)
+        np.testing.assert_array_equal(features(loaded), features(encoder))
+        np.testing.assert_array_equal(features(by_keras), features(encoder))
+
+
+class Block(keras.layers.Layer):
+    """A basic block as other programs write it: its shortcut is a nested Sequential, made first or last."""
+
+    def __init__(self, filters, stride, shortcut_first):
+        super().__init__()
+        if shortcut_first:
+            self.shortcut = self.make_shortcut(filters, stride)
+        self.c1 = keras.layers.Conv2D(filters, 3, stride, "same")
+        self.b1 = keras.layers.BatchNormalization()
+        self.c2 = keras.layers.Conv2D(filters, 3, 1, "same")
+        self.b2 = keras.layers.BatchNormalization()
+        if not shortcut_first:
+            self.shortcut = self.make_shortcut(filters, stride)
+
+    def make_shortcut(self, filters, stride):
+        return keras.Sequential([] if stride == 1 else [keras.layers.Conv2D(filters, 1, stride), keras.layers.BatchNormalization()])
+
+    def call(self, x, training=None):
+        y = self.b2(self.c2(tf.nn.relu(self.b1(self.c1(x), training=training))), training=training)
+        return tf.nn.relu(y + self.shortcut(x, training=training))
+
+
+class Subclassed(keras.Model):
+    def __init__(self, nested, shortcut_first):
+        super().__init__()
+        self.c = keras.layers.Conv2D(4, 3, 1, "same")
+        self.b = keras.layers.BatchNormalization()
+        stages = [[Block(width, 2 if stage and not i else 1, shortcut_first) for i in range(2)]
+                  for stage, width in enumerate((4, 8, 16, 32))]
+        self.stages = [keras.Sequential(stage) for stage in stages] if nested else sum(stages, [])
+
+    def call(self, x, training=None):
+        x = tf.nn.relu(self.b(self.c(x), training=training))
+        for stage in self.stages:
+            x = stage(x, training=training)
+        return tf.reduce_mean(x, [1, 2])
+
+
+def functional():
+    """Flat layers, whose order in the file is that of the graph."""
+    layers = keras.layers
+    x = inputs = keras.Input((16, 16, 3))
+    x = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(4, 3, padding="same")(x)))
+    for stage, width in enumerate((4, 8, 16, 32)):
+        for i in range(2):
+            stride = 2 if stage and not i else 1
+            y = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(width, 3, stride, "same")(x)))
+            y = layers.BatchNormalization()(layers.Conv2D(width, 3, 1, "same")(y))
+            if stride == 2:
+                x = layers.BatchNormalization()(layers.Conv2D(width, 1, stride)(x))
+            x = layers.ReLU()(layers.Add()([y, x]))
+    return keras.Model(inputs, layers.GlobalAveragePooling2D()(x))
+
+
+@pytest.mark.parametrize("make", [lambda: Subclassed(False, False), lambda: Subclassed(False, True), lambda: Subclassed(True, False),
+                                  lambda: Subclassed(True, True), functional],
+                         ids=["last", "first", "stages-last", "stages-first", "functional"])
+def test_files_of_other_programs_load(tmp_path, make):
+    other = make()
+    other(IMAGES)
+    random = np.random.RandomState(2)
+    other.set_weights([array + 0.1 * random.rand(*array.shape) for array in other.get_weights()])
+    path = str(tmp_path / "f_online_200.h5")
+    other.save_weights(path)
+    encoder = models.ResNet18(1 / 16)
+    checkpoints.load_weights(encoder, path)
+    np.testing.assert_allclose(features(encoder), features(other), rtol=1e-5, atol=1e-5)
+
+
+def test_another_architecture_is_named_with_this_one(tmp_path):
+    path = str(tmp_path / "f.h5")
+    for make, width, words in ((models.ResNet34, 1 / 16, "resnet34 with width_multiplier 0.0625"),
+                               (models.ResNet18, 1 / 8, "resnet18 with width_multiplier 0.125")):
+        checkpoints.save_weights(make(width), path)
+        encoder = models.ResNet18(1 / 16)
+        before = encoder.get_weights()
+        with pytest.raises(UserError) as caught:
+            checkpoints.load_weights(encoder, path)
+        assert words in str(caught.value) and "resnet18 with width_multiplier 0.0625" in str(caught.value)
+        assert path in str(caught.value) and "\n" not in str(caught.value)
+        assert all(np.array_equal(a, b) for a, b in zip(before, encoder.get_weights()))
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "cut in half", "foreign", "dense", "a folder"])
+def test_what_is_no_weights_file_is_one_clear_line(tmp_path, kind):
+    path = tmp_path / "f.h5"
+    checkpoints.save_weights(models.ResNet18(1 / 16), str(path))
+    content = path.read_bytes()
+    if kind == "truncated":
+        path.write_bytes(content[:-1000])
+    elif kind == "cut in half":
+        path.write_bytes(content[:len(content) // 2])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("not weights\n" * 1000)
+    elif kind == "foreign":
+        with h5py.File(str(path), "w") as file:
+            file["images"] = np.zeros(10)
+    elif kind == "dense":
+        model = keras.Sequential([keras.layers.Dense(3, input_shape=(2,))])
+        model.save_weights(str(path), save_format="h5")
+    else:
+        path.unlink()
+        if kind == "a folder":
+            path.mkdir()
+    with pytest.raises(UserError) as caught:
+        checkpoints.load_weights(models.ResNet18(1 / 16), str(path))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+PYTHONS = [os.environ.get("OTHER_PYTHON"), os.path.join(ROOT, ".venv-tf26/bin/python"), os.path.join(ROOT, ".venv/bin/python")]
+CODE = """
+import sys; sys.path.insert(0, %r)
+import numpy as np, commands, checkpoints, models
+encoder, images = models.ResNet18(1 / 16), np.load(sys.argv[1])
+checkpoints.load_weights(encoder, sys.argv[2])
+np.save(sys.argv[3], encoder(images, training=False).numpy())
+checkpoints.save_weights(encoder, sys.argv[4])
+""" % ROOT
+
+
+def test_files_travel_between_the_tensorflows(tmp_path):
+    """This one's file gives the same features in the other, and what the other then writes gives them here."""
+    other = next((path for path in PYTHONS if path and os.path.exists(path)
+                  and os.path.realpath(os.path.dirname(path)) != os.path.realpath(os.path.dirname(sys.executable))), None)
+    if other is None:
+        pytest.skip("there is no Python with another TensorFlow: OTHER_PYTHON names none, and there is no .venv beside .venv-tf26")
+    encoder = trained_encoder()
+    names = [str(tmp_path / name) for name in ("images.npy", "here.h5", "features.npy", "there.h5")]
+    np.save(names[0], IMAGES)
+    checkpoints.save_weights(encoder, names[1])
+    done = subprocess.run([other, "-B", "-c", CODE] + names, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if b"ModuleNotFoundError" in done.stdout:
+        pytest.skip("%s has not all that the project needs" % other)
+    assert done.returncode == 0, done.stdout.decode()
+    np.testing.assert_allclose(np.load(names[2]), features(encoder), rtol=0, atol=1e-5)
+    back = models.ResNet18(1 / 16)
+    checkpoints.load_weights(back, names[3])
+    np.testing.assert_array_equal(features(back), features(encoder))
+
+
+# Collapse and failure, as a run sees them
+
+@pytest.mark.parametrize("spread, warned", [(0.0, True), (0.004, True), (0.037, False), (0.07, False)])
+def test_a_collapse_is_warned_of_and_a_healthy_run_is_not(monkeypatch, tmp_path, spread, warned):
+    messages = []
+    monkeypatch.setattr(pretraining.logging, "warning", lambda text, *values: messages.append(text % values))
+    config = pretraining.Config(device="cpu", batch_size=2, output_dir=str(tmp_path))
+    run = pretraining.Run(config, npu_config.open_device(config), SimpleNamespace(train_images=np.zeros((4, 8, 8, 3))),
+                          SimpleNamespace(say=lambda text: None))
+    run.learner = SimpleNamespace(g_online=SimpleNamespace(features=128), f_online=models.ResNet18(1 / 16),
+                                  learning_rate=lambda: 0.0)
+    run.curves = SimpleNamespace(scalars=lambda step, values: None)
+    run.history.losses = [1.0]
+    run._log(1, np.array([[1.0], [spread]]), 0.1, 0.1)
+    assert bool(messages) == warned and all("collapse" in text and "step 1" in text for text in messages)
+
+
+def test_the_first_bad_loss_is_named_and_bad_weights_are_not_saved(tmp_path):
+    config = pretraining.Config(device="cpu", batch_size=2, output_dir=str(tmp_path))
+    run = pretraining.Run(config, npu_config.open_device(config), SimpleNamespace(train_images=np.zeros((8, 8, 8, 3))),
+                          SimpleNamespace(say=lambda text: None))
+    run.learner = SimpleNamespace(f_online=models.ResNet18(1 / 16))
+    run.history.losses = [1.0, 2.0]
+    run._check_finite(2)
+    run.history.losses += [float("nan"), float("inf")]
+    with pytest.raises(UserError, match="The loss of step 3 is nan"):
+        run._check_finite(4)
+    run.history.losses = [1.0]
+    run.learner.f_online.stem_norm.moving_mean.assign([np.nan] * 4)
+    with pytest.raises(UserError, match="The weights after step 1 are not finite"):
+        run._check_finite(1)
