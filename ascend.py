@@ -49,11 +49,9 @@ class NpuDevice(npu_config.Device):
         return self.is_chief
 
     def host(self) -> ContextManager[Any]:
-        from tensorflow.python.eager import (
-            context,  # tf.device does nothing any more once the NPU is the default device
-        )
+        from tensorflow.python.eager import context
 
-        return context.device("CPU:0")
+        return context.device("CPU:0")  # tf.device does nothing any more once the NPU is the default device
 
     def keep_float32(self) -> ContextManager[Any]:
         return self.npu.keep_dtype_scope()

@@ -55,7 +55,11 @@ class Checkpoints:
         self._checkpoint = tf.train.Checkpoint(**state)
         # The manager drops old ones before the new one's sums vouch for it, so it must have none to drop: `save` does.
         most = max(keep, len(finished(folder))) + 1
-        self._manager = tf.train.CheckpointManager(self._checkpoint, folder, max_to_keep=most)
+        try:
+            self._manager = tf.train.CheckpointManager(self._checkpoint, folder, max_to_keep=most)
+        except (ValueError, tf.errors.OpError):  # TensorFlow's own list of checkpoints is damaged; the sums are what counts here
+            os.remove(os.path.join(folder, "checkpoint"))
+            self._manager = tf.train.CheckpointManager(self._checkpoint, folder, max_to_keep=most)
 
     def save(self, step: int) -> str:
         """Write the state as of `step` and drop the oldest beyond `keep`. UserError if the disk will not take it."""
@@ -191,7 +195,8 @@ def _sha256(path: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    text = re.sub(r"^\{\{.*?\}\} ?", "", str(error).strip())  # TensorFlow begins with the node that failed
+    return text.split("\n")[0] or type(error).__name__
 
 
 # Weight files

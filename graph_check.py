@@ -19,6 +19,7 @@ from tensorflow.python.framework import op_def_registry
 import ascend
 import commands  # before TensorFlow, whose log level it sets
 import datasets
+import npu_config
 import pretraining
 from commands import UserError, flag
 from models import keras
@@ -210,16 +211,18 @@ def _some(names: List[str]) -> str:
     return ", ".join(names[:5]) + (", and %d more" % (len(names) - 5) if len(names) > 5 else "")
 
 
-def trace(config: pretraining.Config) -> Any:
-    """The ConcreteFunction of the training loop as it would be on one NPU. Keras's loss scaling stands for the adapter's.
-
-    The images are black; there are as many as make one batch.
-    """
-    tf.config.set_visible_devices([], "GPU")
+def device_on_paper(options: npu_config.Options) -> ascend.NpuDevice:
+    """An NPU to trace for, without one. Keras's loss scaling stands for the adapter's."""
     optimizer = types.SimpleNamespace(NpuLossScaleOptimizer=keras.mixed_precision.LossScaleOptimizer)
     adapter = types.SimpleNamespace(keep_dtype_scope=contextlib.nullcontext, train=types.SimpleNamespace(optimizer=optimizer))
     handle = types.SimpleNamespace(workers_num=1, worker_id=0, scope=contextlib.nullcontext)
-    device = ascend.NpuDevice(adapter, handle, config.precision_mode or ascend.DEFAULT_MODE, config)
+    return ascend.NpuDevice(adapter, handle, options.precision_mode or ascend.DEFAULT_MODE, options)
+
+
+def trace(config: pretraining.Config) -> Any:
+    """The ConcreteFunction of the training loop as it would be on one NPU, over one batch of black images."""
+    tf.config.set_visible_devices([], "GPU")
+    device = device_on_paper(config)
     images = np.zeros((config.batch_size, config.image_size, config.image_size, 3), np.uint8)
     loop_size = config.iterations_per_loop or config.log_every
     learner = pretraining.Byol(config, device, total_steps=config.num_epochs, loop_size=loop_size)

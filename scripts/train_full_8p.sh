@@ -17,12 +17,14 @@ prepare "${value[rank_size]}" acc
 
 pids=()
 running() { # Keep those of pids that run; status becomes that of the first that failed.
-    local pid left=()
+    local pid code left=()
     for pid in "${pids[@]}"; do
         if kill -0 "$pid" 2>/dev/null; then
             left+=("$pid")
         else
-            wait "$pid" || [ $status -ne 0 ] || status=$?
+            code=0
+            wait "$pid" || code=$?
+            [ $status -ne 0 ] || status=$code
         fi
     done
     pids=(${left[@]+"${left[@]}"})

@@ -8,13 +8,13 @@ import h5py
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import ROOT
 
 import checkpoints
 import models
 import npu_config
 import pretraining
 from commands import UserError
-from conftest import ROOT
 from models import keras
 
 IMAGES = np.random.RandomState(0).rand(2, 16, 16, 3).astype(np.float32)
@@ -28,7 +28,7 @@ def trained_encoder(width=1 / 16, make=models.ResNet18):
     """An encoder whose statistics and biases are not those of a new one."""
     encoder = make(width)
     random = np.random.RandomState(1)
-    encoder.set_weights([array + 0.1 * random.rand(*array.shape) for array in encoder.get_weights()])
+    encoder.set_weights([array * (1 + 0.1 * random.rand(*array.shape)) + 0.1 * (array.ndim == 1) for array in encoder.get_weights()])
     return encoder
 
 
@@ -128,7 +128,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_one(tmp_path, monkeypatch
     class Killed(BaseException):
         pass
 
-    def stop(*arguments):
+    def stop(*arguments, **named):
         raise Killed
 
     Small(tmp_path, keep).save(5)
@@ -286,7 +286,7 @@ def test_files_of_other_programs_load(tmp_path, make):
     other = make()
     other(IMAGES)
     random = np.random.RandomState(2)
-    other.set_weights([array + 0.1 * random.rand(*array.shape) for array in other.get_weights()])
+    other.set_weights([array * (1 + 0.1 * random.rand(*array.shape)) + 0.1 * (array.ndim == 1) for array in other.get_weights()])
     path = str(tmp_path / "f_online_200.h5")
     other.save_weights(path)
     encoder = models.ResNet18(1 / 16)
@@ -377,7 +377,7 @@ def test_a_collapse_is_warned_of_and_a_healthy_run_is_not(monkeypatch, tmp_path,
     run = pretraining.Run(config, npu_config.open_device(config), SimpleNamespace(train_images=np.zeros((4, 8, 8, 3))),
                           SimpleNamespace(say=lambda text: None))
     run.learner = SimpleNamespace(g_online=SimpleNamespace(features=128), f_online=models.ResNet18(1 / 16),
-                                  learning_rate=lambda: 0.0)
+                                  schedule=lambda step: 0.0)
     run.curves = SimpleNamespace(scalars=lambda step, values: None)
     run.history.losses = [1.0]
     run._log(1, np.array([[1.0], [spread]]), 0.1, 0.1)

@@ -123,8 +123,8 @@ def test_a_wrong_environment_is_told_before_the_adapter_is_imported(monkeypatch,
 
 
 def test_without_the_adapter_the_command_ends_in_one_line(tmp_path):
-    done = subprocess.run([sys.executable, "pretraining.py", "--device=npu", "--dataset=shapes", "--output_dir", str(tmp_path / "run")],
-                          cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    command = [sys.executable, "pretraining.py", "--device=npu", "--dataset=shapes", "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     for word in ("pretraining.py: ", tf.__version__, "No module named 'npu_device'", "TensorFlow 2.6.5", "npu_device-2.6.5",
                  "set_env.sh"):

@@ -6,7 +6,10 @@ import sys
 import pytest
 import tensorflow as tf
 
+import evaluation
 import graph_check
+import models
+import npu_config
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OPERATORS = os.path.join(ROOT, "..", "shared", "data", "npu_ops_2021.txt")
@@ -143,6 +146,17 @@ def loop():
 @pytest.mark.skipif(not os.path.exists(OPERATORS), reason="the list of an Ascend 910's operators is not here")
 def test_the_training_loop_needs_no_operator_that_the_npu_lacked_in_2021(loop):
     assert graph_check.examine(loop, graph_check.read_operators(OPERATORS)).problems == []
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_loop_of_linear_evaluation_and_finetuning_is_taken_whole_too(frozen):
+    device = graph_check.device_on_paper(npu_config.Options())
+    encoder = models.ResNet18(1 / 16)
+    classifier = evaluation.Classifier(device, encoder, encoder.features, 10, lambda step: tf.constant(0.1), 0.1, frozen)
+    data = tf.data.Dataset.from_tensors((tf.zeros([8, 32, 32, 3]), tf.zeros([8], tf.int64)))
+    function = classifier.train_loop.get_concrete_function(device.iterate(data), tf.constant(2))
+    supported = graph_check.read_operators(OPERATORS) if os.path.exists(OPERATORS) else None
+    assert graph_check.examine(function, supported).problems == []
 
 
 def run_main(monkeypatch, loop, **settings):

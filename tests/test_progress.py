@@ -5,10 +5,11 @@ import os
 import sys
 
 import numpy as np
-import progress
 import pytest
 import tensorflow as tf
 from absl import logging
+
+import progress
 
 
 def events(folder):

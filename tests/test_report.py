@@ -8,11 +8,12 @@ import sys
 
 import numpy as np
 import pytest
-import report
 import tensorflow as tf
 from command import pretrain
-from commands import UserError
 from conftest import ROOT
+
+import report
+from commands import UserError
 
 
 def make_run(folder, **changes):

@@ -196,7 +196,7 @@ def _call(self, *args, **kwargs):
         return self._python_function(*args, **kwargs)  # inlined into the outermost one
     _thread.inside = True
     try:
-        if context.executing_eagerly():
+        if context.executing_eagerly() and not tf.config.functions_run_eagerly():
             _check_call(self, args, kwargs)
         return _original_call(self, *args, **kwargs)
     finally:
