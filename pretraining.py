@@ -411,7 +411,8 @@ def main() -> None:
         if device.is_chief:
             log = run.history.log
             commands.write_result(os.path.join(config.output_dir, "result.json"), {
-                "steps": run.step, "loss": (run.history.losses or [None])[-1], "spread": log[-1]["spread"] if log else None,
+                "steps": run.step, "loss": run.history.losses[-1] if run.history.losses else None,
+                "spread": log[-1]["spread"] if log else None,
                 "knn": run.history.knn[-1]["accuracy"] if run.history.knn else None,
                 "seconds": time.time() - started, "device": device.describe(), "config": dataclasses.asdict(config)})
     if run.signals:
