@@ -118,8 +118,9 @@ def test_one_that_was_cut_off_is_ignored_and_removed(tmp_path, keep):
     (tmp_path / "mine.txt").write_text("not ours")
     assert restored_step(tmp_path) == 5
     checkpoints.remove_unfinished(str(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint", "ckpt-5.data-00000-of-00001", "ckpt-5.index", "ckpt-5.sha256.json", "mine.txt"]
+    left = sorted(path.name for path in tmp_path.iterdir() if ".data-" not in path.name)
+    assert left == ["checkpoint", "ckpt-5.index", "ckpt-5.sha256.json", "mine.txt"]
+    assert not list(tmp_path.glob("ckpt-10*")) and list(tmp_path.glob("ckpt-5.data-*"))
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -158,13 +159,13 @@ def damage(path, how):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
 
 
-@pytest.mark.parametrize("ending", ["data-00000-of-00001", "index", "sha256.json"])
+@pytest.mark.parametrize("ending", ["data-*", "index", "sha256.json"])
 @pytest.mark.parametrize("how", ["gone", "short", "empty", 0.0, 0.3, 0.5, 0.9])
 def test_a_damaged_one_is_named_and_the_one_before_used(tmp_path, monkeypatch, ending, how):
     small = Small(tmp_path)
     small.save(5)
     small.save(10)
-    path = tmp_path / ("ckpt-10." + ending)
+    path = sorted(tmp_path.glob("ckpt-10." + ending))[-1]  # TensorFlow 2.6.5 makes two shards
     damage(path, how)
     before = path.exists() and path.read_bytes()
     if ending == "sha256.json" and how == "gone":  # no different from one that was not finished
