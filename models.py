@@ -42,8 +42,12 @@ class BasicBlock(keras.layers.Layer):
         self.norm2 = keras.layers.BatchNormalization(name="norm2")
         layers = [(self.conv1, channels), (self.norm1, filters), (self.conv2, filters), (self.norm2, filters)]
         self.project = stride != 1
+        # On the CPU, TensorFlow 2.20 and 2.21 crash in the gradient of a strided 1x1 convolution of fewer than 16 channels.
+        # To take every second pixel first and then convolve is the same.
+        self.subsampling = stride if channels < 16 else 1
         if self.project:
-            self.shortcut_conv = keras.layers.Conv2D(filters, 1, strides=stride, padding="same", name="shortcut_conv")
+            self.shortcut_conv = keras.layers.Conv2D(filters, 1, strides=stride // self.subsampling, padding="same",
+                                                     name="shortcut_conv")
             self.shortcut_norm = keras.layers.BatchNormalization(name="shortcut_norm")
             layers += [(self.shortcut_conv, channels), (self.shortcut_norm, filters)]
         with tf.name_scope(name):
@@ -55,6 +59,8 @@ class BasicBlock(keras.layers.Layer):
         x = tf.nn.relu(self.norm1(self.conv1(inputs), training=training))
         x = self.norm2(self.conv2(x), training=training)
         if self.project:
+            if self.subsampling > 1:
+                inputs = inputs[:, ::self.subsampling, ::self.subsampling]
             inputs = self.shortcut_norm(self.shortcut_conv(inputs), training=training)
         return tf.nn.relu(x + inputs)
 

@@ -66,9 +66,10 @@ def test_as_a_user_runs_it(weights, tmp_path):
     assert result["test_accuracy"] <= result["test_accuracy_top5"] <= 1
 
 
-def test_the_whole_network_is_trained_and_saved(main, tmp_path, weights, capsys):
-    result = main(num_epochs=3)
-    assert result["steps"] == 12 and result["labels"] == 200
+def test_the_whole_network_learns_and_is_saved(main, tmp_path, weights, capsys):
+    result = main(num_epochs=5, label_fraction=0.5, batch_size=24)
+    assert result["steps"] == 20 and result["labels"] in (99, 100, 101)
+    assert result["loss"] < 0.2  # ln 2 is chance
     before, after = models.ResNet18(1 / 16), models.ResNet18(1 / 16)
     checkpoints.load_weights(before, weights)
     checkpoints.load_weights(after, str(tmp_path / "f_finetuned.h5"))
@@ -86,16 +87,11 @@ def test_freezing_trains_the_head_alone_and_it_learns(main, tmp_path):
     assert all(row["accuracy"] > 0.9 and row["precision"] > 0.9 for row in result["per_class"])
 
 
-def test_from_scratch_it_trains_until_the_loss_is_small(main):
-    result = main(encoder_weights="none", num_epochs=5, label_fraction=0.5, batch_size=24)
-    assert result["steps"] == 20 and result["labels"] in (99, 100, 101)
-    assert result["loss"] < 0.2  # ln 2 is chance
-
-
 def test_few_labels_are_trained_on_for_enough_steps(main):
     result = main(freeze=True, label_fraction=0.05, num_epochs=None, max_steps=1)
     assert result["labels"] == 10 and result["epochs"] == 1000 and result["steps"] == 1
-    assert main(freeze=True, num_epochs=None, batch_size=2, max_steps=1)["epochs"] == 50
+    result = main(freeze=True, encoder_weights="none", num_epochs=None, batch_size=2, max_steps=1)
+    assert result["epochs"] == 50
 
 
 def test_labels_are_chosen_evenly_nested_and_by_seed():

@@ -1,4 +1,5 @@
-"""The linear evaluation: its protocol, its cached form, what it prints and leaves, how it answers bad input."""
+"""The linear evaluation: its protocol, its cached form, what it prints and leaves, its answers to bad input."""
+import functools
 import json
 import re
 
@@ -13,6 +14,7 @@ import evaluation
 import linearevaluation
 import models
 import npu_config
+import schedules
 from commands import UserError
 
 
@@ -48,8 +50,9 @@ def main(monkeypatch, tmp_path, weights):
 
 
 def test_as_a_user_runs_it(weights, tmp_path):
-    status, out, error = run("linearevaluation.py", "--dataset=shapes", "--device=cpu", "--width_multiplier=0.0625",
-                             "--encoder_weights", weights, "--output_dir", tmp_path, "--max_steps=3", "--knn")
+    status, out, error = run("linearevaluation.py", "--dataset=shapes", "--device=cpu",
+                             "--width_multiplier=0.0625", "--encoder_weights", weights, "--output_dir", tmp_path,
+                             "--max_steps=3", "--knn")
     assert status == 0, error
     assert re.search(r"^\[Epoch 1/50 Batch 3/9\] Loss=\d\.\d{5}\. Time=", out, re.MULTILINE)
     assert re.match(r"k-NN Accuracy: 0\.\d{4}$", out.splitlines()[-2])
@@ -125,8 +128,7 @@ def test_the_head_is_as_good_as_logistic_regression(device):
     labels = random.randint(0, 5, 4000)
     features = (centres[labels] + 2 * random.randn(4000, 20)).astype(np.float32)
     batches = linearevaluation.cached_batches([(features[:2000], labels[:2000])], 100, 0, 400, 0, 100)
-    rate = linearevaluation.functools.partial(linearevaluation.schedules.polynomial, base=0.05, total_steps=400,
-                                              end=5e-4, power=2.0)
+    rate = functools.partial(schedules.polynomial, base=0.05, total_steps=400, end=5e-4, power=2.0)
     classifier = evaluation.Classifier(device, None, 20, 5, rate, label_smoothing=0.0)
     classifier.train(batches, 400, 400, 20, print)
     found = evaluation.top_k_accuracy(classifier.logits(features[2000:]), labels[2000:], 1)
@@ -155,7 +157,7 @@ def few(**changes):
     (dict(encoder_weights=None), "encoder_weights.*none"),
     (dict(encoder_weights="nothing.h5"), "no weights file nothing.h5"),
     (dict(encoder_weights=__file__), "test_linearevaluation.py is not a whole Keras weights file"),
-    (dict(encoder="resnet34"), "resnet18 with width_multiplier 0.0625.*resnet34 with width_multiplier 0.0625"),
+    (dict(encoder="resnet34"), "resnet18 with.* 0.0625.*resnet34 with width_multiplier 0.0625"),
     (dict(width_multiplier=0.125), "width_multiplier 0.0625.*width_multiplier 0.125"),
     (dict(data=few(train_labels=None, test_labels=None, class_names=())), "no labels.*folder for each class"),
     (dict(data=few(class_names=("cat",))), "1 class"),
