@@ -84,7 +84,7 @@ class NpuDevice(npu_config.Device):
     def _apply(self, optimizer: Any, gradients: List[tf.Tensor], weights: Sequence[tf.Variable]) -> None:
         if self.workers > 1:
             gradients = self.npu.distribute.all_reduce(gradients, reduction="mean")
-        optimizer.apply_gradients(zip(gradients, weights))
+        optimizer.apply_gradients(list(zip(gradients, weights)))  # older adapters go through it twice
 
     def steps_a_call(self, steps: int, seconds_a_step: Optional[float]) -> int:
         return steps  # each other number would be announced anew, and the device is fast
@@ -173,9 +173,9 @@ def _check_environment() -> None:
 
 
 def _check_version() -> None:
-    """NoDeviceError if the adapter's wheel says that it belongs to another TensorFlow."""
+    """NoDeviceError if the adapter's wheel says that it belongs to another TensorFlow 2. Other numbers say nothing of it."""
     version = _adapter_version()
-    if version is not None and version.split(".")[:2] != tf.__version__.split(".")[:2]:
+    if version is not None and version.startswith("2.") and version.split(".")[:2] != tf.__version__.split(".")[:2]:
         raise NoDeviceError("npu_device %s does not fit TensorFlow %s: %s." % (version, tf.__version__, INSTALL))
 
 

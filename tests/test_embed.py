@@ -18,8 +18,8 @@ import npu_config
 from commands import UserError
 
 # What a frozen encoder is made of: no training operators, no variables, no functions.
-OPERATORS = {"Placeholder", "Const", "Identity", "NoOp", "Cast", "RealDiv", "Conv2D", "BiasAdd", "FusedBatchNormV3",
-             "Relu", "AddV2", "Mean"}
+OPERATORS = {"Placeholder", "Const", "Identity", "NoOp", "Cast", "RealDiv", "Conv2D", "BiasAdd", "StridedSlice",
+             "FusedBatchNormV3", "Relu", "AddV2", "Mean"}
 LOAD = """
 import sys
 import numpy as np

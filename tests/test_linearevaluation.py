@@ -1,4 +1,4 @@
-"""The linear evaluation: its protocol, its cached form, what it prints and leaves, its answers to bad input."""
+"""The linear evaluation: its protocol, whole and cached, what it prints and leaves, what it answers to bad input."""
 import functools
 import json
 import re
@@ -51,8 +51,8 @@ def main(monkeypatch, tmp_path, weights):
 
 def test_as_a_user_runs_it(weights, tmp_path):
     status, out, error = run("linearevaluation.py", "--dataset=shapes", "--device=cpu",
-                             "--width_multiplier=0.0625", "--encoder_weights", weights, "--output_dir", tmp_path,
-                             "--max_steps=3", "--knn")
+                             "--width_multiplier=0.0625", "--encoder_weights", weights,
+                             "--output_dir", tmp_path, "--max_steps=3", "--knn")
     assert status == 0, error
     assert re.search(r"^\[Epoch 1/50 Batch 3/9\] Loss=\d\.\d{5}\. Time=", out, re.MULTILINE)
     assert re.match(r"k-NN Accuracy: 0\.\d{4}$", out.splitlines()[-2])

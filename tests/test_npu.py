@@ -155,14 +155,16 @@ def test_an_option_that_an_adapter_lacks_is_told(monkeypatch):
         npu_config.open_device(npu_config.Options(device="npu"))
 
 
-def test_a_wheel_for_another_tensorflow_is_told(monkeypatch, tmp_path):
+@pytest.mark.parametrize("version, fits", [("2.5.0", False), (".".join(tf.__version__.split(".")[:2]) + ".0", True), ("0.1", True)])
+def test_a_wheel_for_another_tensorflow_is_told(monkeypatch, tmp_path, version, fits):
     pytest.importorskip("importlib.metadata", reason="Python 3.7 cannot tell a wheel's version")
-    information = tmp_path / "npu_device-1.15.0.dist-info"
+    information = tmp_path / ("npu_device-%s.dist-info" % version)
     information.mkdir()
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: npu_device\nVersion: 1.15.0\n")
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: npu_device\nVersion: %s\n" % version)
     monkeypatch.syspath_prepend(str(tmp_path))
-    load_adapter(monkeypatch)
-    with pytest.raises(UserError, match="npu_device 1.15.0 does not fit TensorFlow %s: install TensorFlow 2.6.5" % tf.__version__):
+    load_adapter(monkeypatch, FAKE_NPU_BROKEN="not really there")
+    told = "not really there" if fits else "npu_device 2.5.0 does not fit TensorFlow %s: install TensorFlow 2.6.5" % tf.__version__
+    with pytest.raises(UserError, match=told):
         npu_config.open_device(npu_config.Options(device="npu"))
 
 
