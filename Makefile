@@ -21,8 +21,8 @@ demo: $(VENV)/.installed  ## pretrain a narrow encoder on drawn shapes, in less 
 	$(RUN) pretraining.py --dataset shapes --width_multiplier 0.25 --num_epochs 8 --batch_size 128 \
 		--output_dir runs/demo --knn_every 2
 
-test: $(VENV)/.installed-dev  ## run all tests
-	$(RUN) -m pytest $(PYTEST_FLAGS)
+test: $(VENV)/.installed-dev  ## run all tests, two at a time
+	$(RUN) -m pytest -n 2 --dist worksteal $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-dev  ## check the code with ruff
 	$(RUN) -m ruff check .

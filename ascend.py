@@ -34,7 +34,7 @@ class NpuDevice(npu_config.Device):
     """
 
     def __init__(self, npu: Any, handle: Any, mode: str, options: npu_config.Options) -> None:
-        super().__init__("npu", tf.distribute.get_strategy(), options)
+        super().__init__("npu", options)
         self.npu = npu
         self.handle = handle
         self.mode = mode

@@ -13,16 +13,18 @@ import signal
 import sys
 import tempfile
 import typing
+from logging import Formatter
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Type, TypeVar, Union
 
-from absl import app, flags
+from absl import app, flags, logging
 
 VERBOSE = "--verbose" in sys.argv
-# 0 shows everything that TensorFlow's C++ side says, 2 only its errors. A value set by the user wins.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if VERBOSE else "2")
+# 0 shows everything that TensorFlow's C++ side says, 2 only its errors, and 3 not those of several lines either that it has
+# for a lost worker. A value set by the user wins.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if VERBOSE else "3" if os.environ.get("TF_CONFIG") else "2")
 # What TensorFlow 2.21 writes to stderr at its start whatever that level is: notices, and on a machine without an NVIDIA
 # driver that there is none.
-NOTICES = re.compile(rb"[IW]\d{4} |WARNING: All log messages before absl::|To enable the following instructions"
+NOTICES = re.compile(rb"[IW]\d{4} |/job:|WARNING: All log messages before absl::|To enable the following instructions"
                      + (rb"" if os.path.exists("/proc/driver/nvidia") else rb"|E\d{4} .*failed call to cuInit"))
 
 
@@ -122,6 +124,7 @@ def run(main: Callable[[], Any]) -> None:
             where = " (%s)" % error.filename if error.filename else ""
             sys.exit("%s: %s%s" % (command, error.strerror or error, where))
 
+    logging.get_absl_handler().setFormatter(Formatter("%(levelname)s: %(message)s"))
     with quiet_start():
         tf.config.list_physical_devices()  # which TensorFlow does in app.run anyway, not quietly
     app.run(guarded, flags_parser=_parse)
@@ -179,16 +182,39 @@ def make_folder(path: str) -> str:
     return path
 
 
-@contextlib.contextmanager
-def signals() -> Iterator[List[int]]:
-    """SIGTERM and Ctrl-C are noted in the list that this gives, for a run to end in good order; a second one ends it at once."""
-    noted = []  # type: List[int]
+class Interrupted(Exception):
+    """A signal came while `Signals.interrupting` was at work."""
 
-    def note(number: int, frame: Any) -> None:
-        noted.append(number)
+
+class Signals(List[int]):
+    """The numbers of the signals that have come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._interrupts = False
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """For what is long and may be left undone: a signal inside raises Interrupted."""
+        self._interrupts = True
+        try:
+            yield
+        finally:
+            self._interrupts = False
+
+    def note(self, number: int, frame: Any) -> None:
+        """The signals' handler. The next one of this number has its usual effect."""
+        self.append(number)
         signal.signal(number, signal.SIG_DFL)
+        if self._interrupts:
+            raise Interrupted
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+@contextlib.contextmanager
+def signals() -> Iterator[Signals]:
+    """SIGTERM and Ctrl-C are noted in what this gives, for a run to end in good order; a second one ends it at once."""
+    noted = Signals()
+    before = {number: signal.signal(number, noted.note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield noted
     finally:

@@ -188,8 +188,7 @@ def _list(folder: str, inside: Iterable[str]) -> Listing:
     if not paths:
         return Listing(sorted(beside), None)
     if beside:
-        logging.warning("%d files in %s are ignored, because they lie beside the class folders: %s.",
-                        len(beside), folder,
+        logging.warning("Of the files in %s, %d beside the class folders are ignored: %s.", folder, len(beside),
                         _shown([repr(os.path.basename(path)) for path in sorted(beside)]))
     return Listing(paths, classes)
 

@@ -1,4 +1,6 @@
 """The loss of BYOL (arXiv:2006.07733, equation 2)."""
+from typing import Callable
+
 import tensorflow as tf
 
 
@@ -17,11 +19,13 @@ def byol_loss(p: tf.Tensor, z: tf.Tensor) -> tf.Tensor:
     return 2.0 - 2.0 * tf.reduce_mean(tf.reduce_sum(p * z, axis=1))
 
 
-def projection_spread(z: tf.Tensor) -> tf.Tensor:
+def projection_spread(z: tf.Tensor, over_replicas: Callable[[tf.Tensor], tf.Tensor] = tf.identity) -> tf.Tensor:
     """Standard deviation of the l2-normalised projections over the batch, averaged over their dimensions.
 
     z: (n, d), any float dtype. Gives a float32 scalar: 0 when all images are projected to one point, which is a
     collapse, and about 1/sqrt(d), 0.088 for d = 128, when they spread evenly over the sphere.
+    over_replicas: gives a tensor's mean over all devices where z is only a part of the batch.
     """
     z = tf.math.l2_normalize(tf.cast(z, tf.float32), axis=1)
-    return tf.reduce_mean(tf.math.reduce_std(z, axis=0))
+    deviations = z - over_replicas(tf.reduce_mean(z, axis=0, keepdims=True))
+    return tf.reduce_mean(tf.sqrt(over_replicas(tf.reduce_mean(tf.square(deviations), axis=0))))

@@ -2,7 +2,8 @@
 
 `open_device` is called once, early in each command, before any tensor or variable exists. The object it gives is all
 that the other modules know of devices: where variables live, how a step runs on every replica, how the loss is scaled
-and gradients are averaged, which rows of a batch are made here, who writes files. What only the NPU needs is in ascend.py.
+and gradients are averaged, which rows of a batch are made here, who writes files. What only the NPU needs is in ascend.py,
+what only several CPUs or GPUs need in distribution.py.
 
     python npu_config.py --check --npu_ops ops.txt
 
@@ -11,7 +12,6 @@ tells, without an NPU, whether the training loop is one that an Ascend 910 can t
 import contextlib
 import dataclasses
 import importlib.util
-import os
 from typing import Any, Callable, ContextManager, Iterator, List, Optional, Sequence, Tuple
 
 import commands  # before TensorFlow, whose start it quiets
@@ -42,11 +42,11 @@ class Options:
         "it, else mixed_float16; on CPU it is mixed_bfloat16.", choices=PRECISION_MODES)
     loss_scale: str = flag("auto", "auto, dynamic, none, or a number. auto: dynamic where something is computed in float16, "
                            "else none.")
-    num_devices: int = flag(1, "GPUs (or logical CPU devices) of this machine to train on together. NPUs take one process "
-                            "each.", low=1)
+    num_devices: int = flag(1, "GPUs (or logical CPU devices) of this machine to train on together; with TF_CONFIG, of each "
+                            "worker. NPUs take one process each.", low=1)
     sync_batch_norm: bool = flag(True, "With several devices: BatchNorm statistics over the global batch, so that n devices "
-                                 "compute what one would. On NPU they stay per device.")
-    jit_compile: bool = flag(False, "Compile the training loop with XLA; meant for the GPU, without effect on NPU.")
+                                 "compute what one would; --nosync_batch_norm: over each device's rows. On NPU always the latter.")
+    jit_compile: bool = flag(False, "Compile the training loop with XLA; meant for one GPU, without effect on NPU.")
     hcom_parallel: bool = flag(False, "NPU: overlap all-reduce and computation. ModelZoo's README has True; Huawei's tuning guide "
                                "advises False for small networks, naming ResNet-18. It matters on several devices only.")
     use_mixlist: bool = flag(False, "NPU: use --mixlist_file (ModelZoo).")
@@ -64,22 +64,20 @@ class Options:
 
 
 class Device:
-    """A CPU or GPU, or several as one through tf.distribute; the base of the NPU's.
+    """A CPU or GPU; the base of the NPU's, and of several CPUs or GPUs as one.
 
     kind: 'cpu', 'gpu' or 'npu'. workers, worker_id: processes that train together, and which one this is.
     replicas: devices that share each global batch, over all workers. half: what is computed in where the precision mode
-    allows it, 'float16', 'bfloat16' or None. advice: a line that the user should see once, or None.
+    allows it, 'float16', 'bfloat16' or None. advice: a line that the user should see once, or None. batch_norm: the
+    networks' BatchNorm layer, a class whose weights are those of Keras's.
     """
 
-    def __init__(self, kind: str, strategy: Any, options: Options) -> None:
+    def __init__(self, kind: str, options: Options) -> None:
         self.kind = kind
-        self.strategy = strategy
         self.options = options
-        self.replicas = strategy.num_replicas_in_sync
-        resolver = getattr(strategy, "cluster_resolver", None)  # type: Any
-        multi_worker = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
-        self.workers = len(resolver.cluster_spec().as_dict()["worker"]) if multi_worker else 1
-        self.worker_id = resolver.task_id if multi_worker else 0
+        self.replicas = self.workers = 1
+        self.worker_id = 0
+        self.batch_norm = keras.layers.BatchNormalization  # type: Any
         self.half = None  # type: Optional[str]
         self.advice = None  # type: Optional[str]
 
@@ -95,9 +93,14 @@ class Device:
         """Whether this process reads checkpoints itself, rather than be given the chief's values by `broadcast`."""
         return True
 
+    @property
+    def knn_every(self) -> int:
+        """Epochs between k-NN evaluations by default: on a CPU, where one takes as long as many steps, only at the end."""
+        return 0 if self.kind == "cpu" else 10
+
     def scope(self) -> ContextManager[Any]:
         """Where networks and the optimiser are made."""
-        return self.strategy.scope()
+        return contextlib.nullcontext()
 
     def host(self) -> ContextManager[Any]:
         """Where data sets and what they hold are made, whatever the default device is. Networks cannot run inside."""
@@ -127,8 +130,15 @@ class Device:
 
     def run(self, function: Callable[..., Any], args: Tuple[Any, ...]) -> Any:
         """Run `function` on every replica, each with its rows, and give the mean of its results, a tuple of scalars."""
-        results = self.strategy.run(function, args)
-        return tuple(self.strategy.reduce(tf.distribute.ReduceOp.MEAN, result, axis=None) for result in results)
+        return function(*args)
+
+    def mean(self, tensor: tf.Tensor) -> tf.Tensor:
+        """Within what `run` runs: the mean over the replicas. On NPU, where BatchNorm is each device's own as well, its own."""
+        return tensor
+
+    def update(self, variable: tf.Variable, function: Callable[..., Any], *arguments: Any) -> None:
+        """Call function(variable, *arguments), which assigns to the variable, on each replica with its copies of these variables."""
+        function(variable, *arguments)
 
     def loss_scaled(self, optimizer: Any) -> Any:
         """The optimiser, wrapped in loss scaling if precision or flag ask for it."""
@@ -169,11 +179,7 @@ class Device:
             self._apply(optimizer, gradients, weights)
 
     def _apply(self, optimizer: Any, gradients: List[tf.Tensor], weights: Sequence[tf.Variable]) -> None:
-        if self.replicas > 1:
-            gradients = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.MEAN, gradients)
-            optimizer.apply_gradients(zip(gradients, weights), experimental_aggregate_gradients=False)
-        else:
-            optimizer.apply_gradients(zip(gradients, weights))
+        optimizer.apply_gradients(zip(gradients, weights))
 
     def scale_loss(self, optimizer: Any, loss: tf.Tensor) -> tf.Tensor:
         """The loss to differentiate: times the loss scale, where there is one."""
@@ -192,7 +198,15 @@ class Device:
         """Announce how many steps the next call of the training loop takes; only the NPU wants to know."""
 
     def broadcast(self, variables: Sequence[tf.Variable]) -> None:
-        """Give every worker the chief's values, once they are as the training starts from. tf.distribute does so by itself."""
+        """Give every worker the chief's values, once they are as the training starts from."""
+
+    def gather(self, number: float) -> List[float]:
+        """Every worker's number, in their order, for all to decide alike. On NPU only its own."""
+        return [number]
+
+    def together(self) -> ContextManager[Any]:
+        """What is done inside needs all workers: UserError if another one is lost."""
+        return contextlib.nullcontext()
 
     def rows(self, batch_size: int) -> Tuple[int, int]:
         """(first, count): the rows of each global batch that this worker makes. UserError if they do not come out even."""
@@ -203,13 +217,7 @@ class Device:
 
     def iterate(self, batches: tf.data.Dataset) -> Iterator[Any]:
         """An iterator for the training loop over this worker's batches, one element a replica where there are several."""
-        local = self.replicas // self.workers
-        if self.replicas == 1:
-            return iter(batches)
-        if local > 1:
-            batches = batches.map(lambda *views: tuple(
-                tf.reshape(view, [local, view.shape[0] // local] + view.shape[1:]) for view in views)).unbatch()
-        return iter(self.strategy.distribute_datasets_from_function(lambda context: batches))
+        return iter(batches)
 
 
 def open_device(options: Options) -> Device:
@@ -246,7 +254,10 @@ def _open_host(options: Options) -> Device:
         tf.config.set_visible_devices([], "GPU")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
-    device = Device("gpu" if gpus else "cpu", _strategy(options, gpus), options)
+    import distribution  # only now: it builds on this module
+
+    kind = "gpu" if gpus else "cpu"
+    device = distribution.open_replicas(kind, gpus, options) or Device(kind, options)
     device.half, device.advice = half, advice
     keras.mixed_precision.set_global_policy("mixed_" + half if half else "float32")
     return device
@@ -283,21 +294,6 @@ def _processor_has_bfloat16() -> bool:
     except OSError:
         return False
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
-
-
-def _strategy(options: Options, gpus: Sequence[Any]) -> Any:
-    """tf.distribute's strategy for the machines of TF_CONFIG, the devices of this one, or a single device."""
-    if "TF_CONFIG" in os.environ:
-        return tf.distribute.MultiWorkerMirroredStrategy()
-    if options.num_devices == 1:
-        return tf.distribute.get_strategy()
-    if gpus:
-        if options.num_devices > len(gpus):
-            raise UserError("--num_devices %d, but TensorFlow sees %d GPUs." % (options.num_devices, len(gpus)))
-        return tf.distribute.MirroredStrategy(["GPU:%d" % i for i in range(options.num_devices)])
-    parts = [tf.config.LogicalDeviceConfiguration() for _ in range(options.num_devices)]
-    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], parts)
-    return tf.distribute.MirroredStrategy(["CPU:%d" % i for i in range(options.num_devices)])
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ a page of it all. Without data: --dataset shapes.
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import os
 import signal
 import sys
 import time
+import zlib
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import commands  # before TensorFlow, whose start it quiets
@@ -85,6 +87,8 @@ FREE = {"data_dir", "output_dir", "device", "num_devices", "save_every", "log_ev
         "save_checkpoints_steps", "keep_checkpoint_max", "knn_every", "resume", "overwrite", "quiet", "verbose", "jit_compile",
         "hcom_parallel", "over_dump", "over_dump_path", "data_dump_flag", "data_dump_step", "data_dump_path", "profiling",
         "profiling_dump_path", "auto_tune", "fusion_off_flag", "fusion_off_file"}
+# Settings in which the workers of one run may differ.
+LOCAL = {"data_dir", "output_dir", "keep_checkpoint_max", "resume", "overwrite", "quiet", "verbose"}
 
 
 class AdamW(getattr(keras.optimizers, "legacy", keras.optimizers).Adam):  # type: ignore[misc]
@@ -115,12 +119,13 @@ class Byol(tf.Module):
         super().__init__()
         self._config = config
         self._device = device
-        make_encoder = functools.partial(models.ENCODERS[config.encoder], config.width_multiplier)
+        make_encoder = functools.partial(models.ENCODERS[config.encoder], config.width_multiplier, norm=device.batch_norm)
+        make_head = functools.partial(models.ProjectionHead, norm=device.batch_norm)
         base = schedules.scaled_learning_rate(config.learning_rate, config.batch_size)
         self.schedule = functools.partial(schedules.LEARNING_RATES[config.lr_schedule], base=base, total_steps=total_steps)
         with device.scope():
-            self.f_online, self.g_online, self.q_online = make_encoder(), models.ProjectionHead(), models.ProjectionHead()
-            self.f_target, self.g_target = make_encoder(), models.ProjectionHead()
+            self.f_online, self.g_online, self.q_online = make_encoder(), make_head(), make_head()
+            self.f_target, self.g_target = make_encoder(), make_head()
             for head, width in ((self.g_online, self.f_online.features), (self.q_online, self.g_online.features),
                                 (self.g_target, self.f_target.features)):
                 head.build((None, width))
@@ -182,7 +187,7 @@ class Byol(tf.Module):
                 scaled = self._device.scale_loss(self.optimizer, loss)
         self._device.apply_gradients(self.optimizer, scaled, tape, weights)
         with self._device.keep_float32():
-            return loss, losses.projection_spread(tf.concat([z1, z2], axis=0))
+            return loss, losses.projection_spread(tf.concat([z1, z2], axis=0), self._device.mean)
 
     def _update_target(self) -> None:
         """target <- m * target + (1 - m) * online, for every weight of f and g, moving statistics included."""
@@ -190,7 +195,7 @@ class Byol(tf.Module):
         with self._device.keep_float32():  # float16 would round the small changes away
             for online, target in ((self.f_online, self.f_target), (self.g_online, self.g_target)):
                 for source, goal in zip(online.weights, target.weights):
-                    goal.assign(m * goal + (1 - m) * source)
+                    self._device.update(goal, lambda goal, source: goal.assign(m * goal + (1 - m) * source), source)
 
 
 class Run:
@@ -206,12 +211,23 @@ class Run:
         self.total_steps = self.steps_per_epoch * config.num_epochs
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
         self.loop_size = config.iterations_per_loop or config.log_every
-        self.knn_every = (0 if device.kind == "cpu" else 10) if config.knn_every is None else config.knn_every
+        self.knn_every = device.knn_every if config.knn_every is None else config.knn_every
         self.history = checkpoints.History()
-        self.signals = []  # type: List[int]
+        self.signals = commands.Signals()
 
     def path(self, name: str) -> str:
         return os.path.join(self.config.output_dir, name)
+
+    def agree(self) -> None:
+        """UserError if the workers were not all started with the same settings and data, on which they would go apart."""
+        settings = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in LOCAL}
+        text = json.dumps([settings, self.total_steps, self.last_step], sort_keys=True)
+        if len(set(self.device.gather(zlib.crc32(text.encode())))) > 1:
+            raise UserError("The workers were not all started with the same flags and data; give each the same.")
+
+    def wait_for_all(self) -> None:
+        """Return when all workers are here: one that has left would be taken for dead."""
+        self.device.gather(0)
 
     def start(self) -> None:
         """Make the networks, tell their shapes, and go on from the newest checkpoint if there is one."""
@@ -254,7 +270,7 @@ class Run:
 
     def train(self) -> None:
         """All steps from where the run stands to its end, a signal, or a failure."""
-        self._evaluate_knn(self.step, before_training=True)
+        self._evaluate_knn(self.step)
         self.shown.wait("Compiling the views and the training loop and taking the first step")
         first, rows = self.device.rows(self.config.batch_size)
         with self.device.host():
@@ -263,7 +279,7 @@ class Run:
             iterator = self.device.iterate(batches)
         step = saved = self.step
         since, since_step, seconds_a_step = time.time(), step, None
-        while step < self.last_step and not self.signals:
+        while step < self.last_step and not self._stopped():
             n = self._steps_to_take(step, seconds_a_step)
             self.device.set_loop_size(n)
             began = time.time()
@@ -293,6 +309,13 @@ class Run:
             self._save(step)
         elif step:
             self._write_losses()  # which a run that was killed after its last checkpoint has not done
+
+    def _stopped(self) -> bool:
+        """Whether a worker has had a signal; all note it, so that they stop after the same step."""
+        number = int(max(self.device.gather(self.signals[0] if self.signals else 0)))
+        if number and not self.signals:
+            self.signals.append(number)
+        return bool(number)
 
     def _steps_to_take(self, step: int, seconds_a_step: Optional[float]) -> int:
         """How many steps the next call of the loop takes: up to the next log line, checkpoint or end, whichever is first."""
@@ -338,21 +361,26 @@ class Run:
         epoch = step // self.steps_per_epoch
         if epoch % self.config.save_every == 0 or step == self.total_steps:
             self._save_weights("f_online_%d.h5" % epoch)
-        self._evaluate_knn(step, at_end=step == self.last_step)
+        self._evaluate_knn(step)
 
     def _save_weights(self, name: str) -> None:
         if self.device.is_chief:
             checkpoints.save_weights(self.learner.f_online, self.path(name))
         self.say("Weights of f saved.")
 
-    def _evaluate_knn(self, step: int, before_training: bool = False, at_end: bool = False) -> None:
-        """Classify the test images by the features of their nearest training images."""
-        epoch = step // self.steps_per_epoch
-        due = self.knn_every and epoch % self.knn_every == 0 and (step == 0 or not before_training)
-        if self.data.train_labels is None or not len(self.data.test_images) or not (due or at_end):
+    def _evaluate_knn(self, step: int) -> None:
+        """At an epoch's end where it is due, classify the test images by the features of their nearest training images."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        due = batch == 0 and (self.knn_every and epoch % self.knn_every == 0 or step == self.last_step)
+        done = any(figures["step"] == step for figures in self.history.knn)
+        if not due or done or self.data.train_labels is None or not len(self.data.test_images):
             return
         self.shown.wait("Evaluating the encoder by k-NN on %d test images" % len(self.data.test_images))
-        accuracy = evaluation.knn_of_encoder(self.learner.f_online, self.data)
+        try:
+            with self.signals.interrupting():
+                accuracy = evaluation.knn_of_encoder(self.learner.f_online, self.data)
+        except commands.Interrupted:  # the run that goes on from here makes up for it
+            return
         self.history.knn.append({"epoch": epoch, "step": step, "accuracy": accuracy})
         if self.device.is_chief:
             self.curves.scalars(step, {"knn_accuracy": accuracy})
@@ -402,11 +430,13 @@ def main() -> None:
             run.say(device.advice)
         if device.is_chief:
             free = FREE | ({"num_epochs"} if config.lr_schedule == "constant" else set())
-            settings = dict(dataclasses.asdict(config), train_images=len(data.train_images))
+            settings = dict(dataclasses.asdict(config), train_images=len(data.train_images), images_crc=_crc(data.train_images))
             checkpoints.claim_folder(config.output_dir, settings, free, config.resume, config.overwrite)
-        run.start()
-        with commands.signals() as run.signals:
+        with commands.signals() as run.signals, device.together():
+            run.agree()
+            run.start()
             run.train()
+            run.wait_for_all()
         run.sum_up()
         if device.is_chief:
             log = run.history.log
@@ -419,6 +449,11 @@ def main() -> None:
         run.say("Stopped by %s at step %d; the same command goes on from there."
                 % (signal.Signals(run.signals[0]).name, run.step))
         sys.exit(128 + run.signals[0])
+
+
+def _crc(images: Any) -> int:
+    """A checksum of some of the images (n, s, s, 3), by which a resumed run notices that it was given others."""
+    return zlib.crc32(np.asarray(images[::len(images) // 1000 + 1]).tobytes())
 
 
 def _consistent(config: Config) -> Config:

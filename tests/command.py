@@ -31,12 +31,13 @@ def start(command, *arguments, **options):
 class Fork:
     """A forked run of a command, with what the tests use of subprocess.Popen."""
 
-    def __init__(self, command, arguments, blocks=None):
+    def __init__(self, command, arguments, blocks=None, env=None):
         self._out, self._error = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()
         path = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")] + ([path] if path else []))
         try:  # the first fork starts the server, which finds what it is to import by this path
-            self._process = FORKS.Process(target=_forked, args=(command, arguments, self._out.name, self._error.name, blocks))
+            self._process = FORKS.Process(target=_forked, args=(command, arguments, self._out.name, self._error.name, blocks,
+                                                                   env or {}))
             self._process.start()
         finally:
             os.environ.pop("PYTHONPATH")
@@ -67,7 +68,8 @@ class Fork:
         return open(self._out.name).read()
 
 
-def _forked(command, arguments, out, error, blocks):
+def _forked(command, arguments, out, error, blocks, env):
+    os.environ.update(env)
     for name, number in ((out, 1), (error, 2)):
         handle = os.open(name, os.O_WRONLY | os.O_APPEND)
         os.dup2(handle, number)
@@ -75,7 +77,7 @@ def _forked(command, arguments, out, error, blocks):
     if blocks:  # an encoder of few blocks, whose graph is made in a fraction of the time
         import models
 
-        models.ENCODERS["resnet18"] = lambda width, name="resnet18": models.ResNet(blocks, width, name)
+        models.ENCODERS["resnet18"] = lambda width, name="resnet18", **more: models.ResNet(blocks, width, name, **more)
     sys.argv = [os.path.join(ROOT, command)] + [str(a) for a in arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

@@ -1,9 +1,21 @@
 """The main command as a user runs it: what it prints, what it leaves, and how it answers bad input."""
 import json
+import os
 import re
+import signal
+import time
+import types
 
+import numpy as np
 import pytest
 from command import pretrain, run
+
+import commands
+import datasets
+import evaluation
+import npu_config
+import pretraining
+import progress
 
 LINE = re.compile(r"^\[Epoch (\d+)/(\d+) Batch (\d+)/(\d+)\] Loss=(\d\.\d{5})\. Time=\d")
 
@@ -82,3 +94,26 @@ def test_help_names_every_flag_with_its_origin():
     assert "python pretraining.py --encoder resnet18 --num_epochs 200 --batch_size 512" in out
     for name in ("encoder", "target_momentum", "max_steps", "data_path", "model_dir", "log_step_count_steps", "precision_mode"):
         assert re.search(r"--(\[no\])?%s\b" % name, out), name
+
+
+def test_a_signal_cuts_an_evaluation_short_and_the_resumed_run_makes_up_for_it(monkeypatch):
+    images, labels = np.zeros((64, 32, 32, 3), np.uint8), np.zeros(64, np.int64)
+    data = datasets.Data(images, labels, images, labels, ("none",))
+    config = pretraining.Config(device="cpu", batch_size=32, num_epochs=2, knn_every=1)
+    run = pretraining.Run(config, npu_config.open_device(config), data, progress.Progress(shown=False))
+    run.learner, run.device.worker_id = types.SimpleNamespace(f_online=None), 1  # not the chief: nothing is written
+
+    def signalled(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(evaluation, "knn_of_encoder", signalled)
+    began = time.time()
+    with commands.signals() as run.signals:
+        run._evaluate_knn(2)
+    assert run.signals == [signal.SIGTERM] and time.time() - began < 30 and not run.history.knn
+
+    monkeypatch.setattr(evaluation, "knn_of_encoder", lambda *_: 0.5)
+    for step in (2, 2, 3):  # an epoch's end, again, and in mid-epoch
+        run._evaluate_knn(step)
+    assert run.history.knn == [{"epoch": 1, "step": 2, "accuracy": 0.5}]

@@ -86,7 +86,7 @@ def steps_done(folder):
 
 def test_another_process_gives_the_same_bits(images, reference, tmp_path):
     code = ("import sys, runpy, models; sys.argv = sys.argv[1:]\n"
-            "models.ENCODERS['resnet18'] = lambda width, name='resnet18': models.ResNet((0, 1, 0, 0), width, name)\n"
+            "models.ENCODERS['resnet18'] = lambda width, name='resnet18', **more: models.ResNet((0, 1, 0, 0), width, name, **more)\n"
             "runpy.run_path(sys.argv[0], run_name='__main__')")
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     subprocess.check_call([sys.executable, "-B", "-c", code, os.path.join(root, "pretraining.py"), "--dataset=folder",

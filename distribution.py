@@ -1,0 +1,215 @@
+"""Several CPUs or GPUs, of one machine or of several, as one device through tf.distribute.
+
+Only npu_config imports this module, and only where the flags or TF_CONFIG ask for more than one device. What a step
+sends, how BatchNorm and files are dealt with, and what happens when a worker dies, is told in docs/scaling.md.
+"""
+import contextlib
+import json
+import os
+from typing import Any, Callable, ContextManager, Iterator, List, Optional, Sequence, Tuple
+
+import tensorflow as tf
+from absl import logging
+
+import npu_config
+from commands import UserError
+from models import keras
+
+LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.DeadlineExceededError,
+        tf.errors.InternalError, tf.errors.FailedPreconditionError, tf.errors.UnknownError)
+
+
+class ReplicaBatchNormalization(keras.layers.BatchNormalization):
+    """BatchNorm over a replica's own rows. The moving statistics are those of the first replica.
+
+    Keras's would be the mean over replicas, made whenever they are read: all workers would have to read them together.
+    """
+
+    def add_weight(self, *arguments: Any, **settings: Any) -> Any:
+        if settings.get("synchronization") == tf.VariableSynchronization.ON_READ:
+            settings.update(synchronization=tf.VariableSynchronization.AUTO,
+                            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
+        return super().add_weight(*arguments, **settings)
+
+
+class GlobalBatchNormalization(ReplicaBatchNormalization):
+    """BatchNorm over the rows of all replicas, so that they compute what one device would with the whole batch.
+
+    Unlike Keras's own its moving variance has the fused kernel's n / (n - 1), and a mean that is large beside the deviation
+    costs no digits once the moving mean is near it. In the forward pass it takes one all-reduce of two numbers a channel, in the
+    backward pass another.
+    """
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        if not training:
+            return super().call(inputs, training=False)
+        context = tf.distribute.get_replica_context()
+        x = tf.cast(inputs, tf.float32)
+        axes = list(range(x.shape.rank - 1))
+        # Of x itself, the mean square less the squared mean would lose digits.
+        near = tf.identity(self.moving_mean)
+        deviations = x - near
+        moments = tf.stack([tf.reduce_mean(deviations, axes), tf.reduce_mean(tf.square(deviations), axes)])
+        first, second = tf.unstack(context.all_reduce(tf.distribute.ReduceOp.MEAN, moments))
+        variance = tf.maximum(second - tf.square(first), 0.0)
+        rows = x.shape[:-1].num_elements() * context.num_replicas_in_sync
+        unbiased = variance * (rows / max(rows - 1, 1)) if self.fused else variance
+        for moving, value in ((self.moving_mean, near + first), (self.moving_variance, unbiased)):
+            moving.assign_sub((moving - value) * (1 - self.momentum))
+        scale = tf.math.rsqrt(variance + self.epsilon) * tf.cast(self.gamma, tf.float32)
+        return tf.cast((deviations - first) * scale + tf.cast(self.beta, tf.float32), inputs.dtype)
+
+
+class Replicas(npu_config.Device):
+    """Devices that share each global batch, each with a copy of the networks, all of which take the same steps."""
+
+    def __init__(self, kind: str, strategy: Any, options: npu_config.Options, workers: int, worker_id: int) -> None:
+        super().__init__(kind, options)
+        self.strategy = strategy
+        self.workers, self.worker_id = workers, worker_id
+        self.replicas = strategy.num_replicas_in_sync
+        self.batch_norm = GlobalBatchNormalization if options.sync_batch_norm else ReplicaBatchNormalization
+        self._gather = tf.function(self._sum_over_workers)  # type: Any
+
+    @property
+    def restores(self) -> bool:
+        return self.is_chief
+
+    @property
+    def _local(self) -> int:
+        """Devices of this worker."""
+        return self.replicas // self.workers
+
+    def scope(self) -> ContextManager[Any]:
+        return self.strategy.scope()
+
+    def describe(self) -> str:
+        return super().describe() + (" on %d workers" % self.workers if self.workers > 1 else "")
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return tf.function(function)
+
+    # The step
+
+    def run(self, function: Callable[..., Any], args: Tuple[Any, ...]) -> Any:
+        def on_replica(*args: Any) -> Any:
+            return tuple(self._all_reduce(list(function(*args))))
+
+        return tuple(map(self._first, self.strategy.run(on_replica, args)))
+
+    def mean(self, tensor: tf.Tensor) -> tf.Tensor:
+        return self._all_reduce(tensor)
+
+    def update(self, variable: tf.Variable, function: Callable[..., Any], *arguments: Any) -> None:
+        self.strategy.extended.update(variable, function, args=arguments)
+
+    def _all_reduce(self, tensors: Any, op: Any = tf.distribute.ReduceOp.MEAN) -> Any:
+        return tf.distribute.get_replica_context().all_reduce(op, tensors)
+
+    def _first(self, value: Any) -> tf.Tensor:
+        """This worker's first replica's part of what `strategy.run` gave."""
+        return self.strategy.experimental_local_results(value)[0]
+
+    def _apply(self, optimizer: Any, gradients: List[tf.Tensor], weights: Sequence[tf.Variable]) -> None:
+        optimizer.apply_gradients(zip(self._all_reduce(gradients), weights), experimental_aggregate_gradients=False)
+
+    def iterate(self, batches: tf.data.Dataset) -> Iterator[Any]:
+        if self._local > 1:
+            batches = batches.map(lambda *parts: tuple(
+                tf.reshape(part, [self._local, part.shape[0] // self._local] + part.shape[1:]) for part in parts)).unbatch()
+        # Of a data set without end tf.distribute knows that no worker runs out of batches before the others, about which they
+        # would have to agree at each step. What comes after the last batch is not asked for.
+        batches = batches.repeat()
+        return iter(self.strategy.distribute_datasets_from_function(lambda context: batches))
+
+    # Several workers
+
+    def steps_a_call(self, steps: int, seconds_a_step: Optional[float]) -> int:
+        return super().steps_a_call(steps, max(self.gather(seconds_a_step or 0)) or None)  # clocks differ, calls must not
+
+    def gather(self, number: float) -> List[float]:
+        if self.workers == 1:
+            return [number]
+        return [float(n) for n in self._gather(tf.one_hot(self.worker_id, self.workers, tf.constant(number, tf.float64)))]
+
+    def broadcast(self, variables: Sequence[tf.Variable]) -> None:
+        if self.workers == 1:
+            return
+        for dtype in sorted({variable.dtype for variable in variables}, key=str):
+            same = [variable for variable in variables if variable.dtype == dtype]
+            values = [variable.numpy() if self.is_chief else tf.zeros(variable.shape, dtype) for variable in same]
+            for variable, value in zip(same, tf.function(self._sum_over_workers)(values)):
+                if not self.is_chief:
+                    variable.assign(value)
+
+    def _sum_over_workers(self, values: Any) -> Any:
+        """Sums over the workers of a tensor, or of each of a list."""
+        first = self.worker_id * self._local  # of this worker's replicas, which all have the same
+
+        def on_replica() -> Any:
+            own = tf.equal(tf.distribute.get_replica_context().replica_id_in_sync_group, first)
+            return self._all_reduce(tf.nest.map_structure(lambda value: tf.where(own, value, tf.zeros_like(value)), values),
+                                    tf.distribute.ReduceOp.SUM)
+
+        return tf.nest.map_structure(self._first, self.strategy.run(on_replica))
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        try:
+            yield
+        except LOST as error:
+            if self.workers == 1:
+                raise
+            logging.info("%s", error)
+            raise UserError("Another worker of this job has ended, failed or cannot be reached, so worker %d ends too. Start all "
+                            "workers again with the same commands: they go on from the newest checkpoint." % self.worker_id)
+
+
+def open_replicas(kind: str, gpus: Sequence[Any], options: npu_config.Options) -> Optional[Replicas]:
+    """The devices that --num_devices and TF_CONFIG ask for as one; None if that is a single device.
+
+    gpus: all that TensorFlow sees here, none for the CPU. UserError for what is not there or makes no sense.
+    """
+    workers, worker_id = _cluster()
+    number = options.num_devices
+    if workers * number == 1:
+        return None
+    if options.jit_compile:
+        raise UserError("--jit_compile goes with one device: XLA does not compile what several exchange.")
+    if gpus and number > len(gpus):
+        raise UserError("--num_devices %d, but TensorFlow sees %d GPUs." % (number, len(gpus)))
+    if workers > 1:
+        if not gpus and number > 1:
+            raise UserError("--num_devices %d: on CPU each worker of TF_CONFIG is one device; start more workers." % number)
+        if gpus:
+            tf.config.set_visible_devices(gpus[:number], "GPU")
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    else:
+        if not gpus:
+            cpu = tf.config.list_physical_devices("CPU")[0]
+            tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration() for _ in range(number)])
+        strategy = tf.distribute.MirroredStrategy(["%s:%d" % (kind.upper(), i) for i in range(number)])
+    return Replicas(kind, strategy, options, workers, worker_id)
+
+
+def _cluster() -> Tuple[int, int]:
+    """(workers, this one's number), from TF_CONFIG; (1, 0) without it. UserError if it makes no sense."""
+    text = os.environ.get("TF_CONFIG", "")
+    if not text.strip():
+        return 1, 0
+    example = """it is to be such as {"cluster": {"worker": ["host1:port", "host2:port"]}, "task": {"type": "worker", "index": 0}}"""
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise UserError("TF_CONFIG is not JSON (%s); %s." % (error, example))
+    try:
+        cluster, task = config["cluster"], config["task"]
+        tasks = [(job, i) for job in ("chief", "worker") for i in range(len(list(cluster.get(job, []))))]
+        own, others = (task["type"], int(task["index"])), sorted(set(cluster) - {"chief", "worker"})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError("TF_CONFIG lacks a part or has it wrong (%s); %s." % (" ".join(str(error).split()), example))
+    if others or len(cluster.get("chief", [])) > 1:
+        raise UserError("TF_CONFIG has the jobs %s; there may be workers, and one chief; %s." % (", ".join(sorted(cluster)), example))
+    if own not in tasks:
+        raise UserError("TF_CONFIG says that this is %s %s, of %d workers that it lists; %s." % (own + (len(tasks), example)))
+    return len(tasks), tasks.index(own)
