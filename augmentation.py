@@ -259,18 +259,18 @@ def _distort_colors(x: tf.Tensor, brightness: tf.Tensor, contrast: tf.Tensor, sa
 # Made at import, because the NPU adapter drops jit_compile from functions that are made after it opened.
 
 
-@tf.function(jit_compile=True)
+@tf.function(jit_compile=True, autograph=False)
 def _compiled_crop_flip_resize(images: tf.Tensor, *crops: tf.Tensor) -> tf.Tensor:
     return tf.transpose(_crop_flip_resize(images, *crops), [0, 1, 3, 2])
 
 
-@tf.function(jit_compile=True)
+@tf.function(jit_compile=True, autograph=False)
 def _compiled_distort_colors(images: tf.Tensor, *colors: tf.Tensor) -> tf.Tensor:
     images = tf.transpose(tf.cast(images, tf.float32), [0, 1, 3, 2])
     return _distort_colors(images, *colors)
 
 
-@tf.function(jit_compile=True)
+@tf.function(jit_compile=True, autograph=False)
 def _compiled_augment(images: tf.Tensor, top: tf.Tensor, left: tf.Tensor, height: tf.Tensor, width: tf.Tensor,
                       flip: tf.Tensor, brightness: tf.Tensor, contrast: tf.Tensor, saturation: tf.Tensor,
                       hue: tf.Tensor, distort: tf.Tensor, grey: tf.Tensor) -> tf.Tensor:

@@ -22,6 +22,8 @@ VERBOSE = "--verbose" in sys.argv
 # 0 shows everything that TensorFlow's C++ side says, 2 only its errors, and 3 not those of several lines either that it has
 # for a lost worker. A value set by the user wins.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if VERBOSE else "3" if os.environ.get("TF_CONFIG") else "2")
+# Keras 3, which TensorFlow would otherwise import, is of no use here (see models.py): saves a second of every start.
+os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 # What TensorFlow 2.21 writes to stderr at its start whatever that level is: notices, and on a machine without an NVIDIA
 # driver that there is none.
 NOTICES = re.compile(rb"[IW]\d{4} |/job:|WARNING: All log messages before absl::|To enable the following instructions"
@@ -48,8 +50,13 @@ def quiet_start() -> Iterator[None]:
             os.write(2, b"".join(line for line in held if not NOTICES.match(line)))
 
 
+_waiting = sys.stderr.isatty() and "--quiet" not in sys.argv
+if _waiting:
+    sys.stderr.write("Starting TensorFlow...")
 with quiet_start():
     import tensorflow as tf
+if _waiting:
+    sys.stderr.write("\r\x1b[K")  # the line is empty again
 
 
 class UserError(Exception):
@@ -105,7 +112,8 @@ def _parse(argv: List[str]) -> List[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        sys.exit("%s: %s. See --help." % (os.path.basename(argv[0]), " ".join(str(error).split()).rstrip(".")))
+        text = " ".join(str(error).split()).rstrip(".").replace(" ?", "?")
+        sys.exit("%s: %s%s See --help." % (os.path.basename(argv[0]), text, "" if text.endswith("?") else "."))
 
 
 def run(main: Callable[[], Any]) -> None:

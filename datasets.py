@@ -164,6 +164,7 @@ def _batches(make: Callable[[tf.Tensor, tf.Tensor], Tuple[tf.Tensor, tf.Tensor]]
         raise ValueError("Rows %d to %d are not within a batch of %d." % (first, first + rows, batch_size))
     steps_per_epoch = n // batch_size
 
+    @tf.autograph.experimental.do_not_convert  # plain Python, as `make` is: saves the conversion's time at every start
     def steps_of(epoch: tf.Tensor) -> tf.data.Dataset:
         order = _order(seed, epoch, n)[:steps_per_epoch * batch_size]
         indices = tf.reshape(order, (steps_per_epoch, batch_size))[:, first:first + rows]
@@ -173,4 +174,5 @@ def _batches(make: Callable[[tf.Tensor, tf.Tensor], Tuple[tf.Tensor, tf.Tensor]]
     first_epoch, skipped = divmod(first_step, steps_per_epoch)
     epochs = tf.data.Dataset.range(first_epoch, -(-last_step // steps_per_epoch))
     steps = epochs.flat_map(steps_of).skip(skipped).take(max(0, last_step - first_step))
+    make = tf.autograph.experimental.do_not_convert(make)
     return steps.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(4)

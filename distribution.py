@@ -188,7 +188,10 @@ def open_replicas(kind: str, gpus: Sequence[Any], options: npu_config.Options) -
         if not gpus:
             cpu = tf.config.list_physical_devices("CPU")[0]
             tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration() for _ in range(number)])
-        strategy = tf.distribute.MirroredStrategy(["%s:%d" % (kind.upper(), i) for i in range(number)])
+        strategy = tf.distribute.MirroredStrategy(["%s:%d" % (kind.upper(), i) for i in range(number)],
+                                                  None if gpus else tf.distribute.ReductionToOneDevice())
+    if worker_id > 0:
+        logging.set_verbosity(logging.ERROR)
     return Replicas(kind, strategy, options, workers, worker_id)
 
 

@@ -221,7 +221,7 @@ class Run:
     def agree(self) -> None:
         """UserError if the workers were not all started with the same settings and data, on which they would go apart."""
         settings = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in LOCAL}
-        text = json.dumps([settings, self.total_steps, self.last_step], sort_keys=True)
+        text = json.dumps([settings, self.total_steps, _crc(self.data.train_images)], sort_keys=True)
         if len(set(self.device.gather(zlib.crc32(text.encode())))) > 1:
             raise UserError("The workers were not all started with the same flags and data; give each the same.")
 
@@ -432,10 +432,11 @@ def main() -> None:
             free = FREE | ({"num_epochs"} if config.lr_schedule == "constant" else set())
             settings = dict(dataclasses.asdict(config), train_images=len(data.train_images), images_crc=_crc(data.train_images))
             checkpoints.claim_folder(config.output_dir, settings, free, config.resume, config.overwrite)
-        with commands.signals() as run.signals, device.together():
+        with device.together():
             run.agree()
             run.start()
-            run.train()
+            with commands.signals() as run.signals:
+                run.train()
             run.wait_for_all()
         run.sum_up()
         if device.is_chief:

@@ -11,16 +11,18 @@ MARGIN = 1.2
 
 def measure(scale: Scale, settings: Dict[str, Any], verbose: bool, results: Dict[str, Any]) -> List[table.Row]:
     """results: of step_speed.measure, which has measured two of the batch sizes already; those missing are measured here."""
-    got = {}
+    got = {}  # type: Dict[int, Dict[str, Any]]
+    a_row = 0.0  # bytes for an image of a batch, as far as known
     for batch in sorted(scale.growth + (scale.batch, scale.large_batch)):
-        wanted = max(got[b]["memory"] * batch / b for b in list(got)[-1:]) * MARGIN if got else 0
+        wanted = MARGIN * a_row * batch
         if wanted > available_memory() and settings["device"] == "cpu":
             got[batch] = {"missing": "not tried: it would take about %.0f GB of memory" % (wanted / 1e9)}
             continue
         done = results.get("float32-%d" % batch)
         try:
-            got[batch] = done or step_speed.take_turns(scale, settings, batch, MODE, int(batch <= scale.large_batch), verbose,
+            got[batch] = measured = done or step_speed.take_turns(scale, settings, batch, MODE, int(batch <= scale.large_batch), verbose,
                                                        product=False)
+            a_row = measured["memory"] / batch
         except workers.Failed as error:
             got[batch] = {"missing": str(error)}
     rows = []

@@ -15,7 +15,7 @@ AT_MOST, TRACE_AT_MOST = 12, 5  # seconds
 def measure(scale: Scale, settings: Dict[str, Any], verbose: bool) -> List[table.Row]:
     """A fresh process each round."""
     rounds = []
-    for _ in range(scale.large_rounds + 1):
+    for _ in range(scale.rounds - 1):
         with workers.Worker(MODULE, dict(settings, width=scale.width, batch=scale.start_batch), verbose=verbose) as worker:
             rounds.append(worker.ask("start", began=worker.began))
     parts = {part: table.figure([got[part] for got in rounds]) for part in PARTS}

@@ -112,7 +112,7 @@ def losses_of_two_halves(folder, checkpoint):
     config = pretraining.Config(device="cpu", dataset="folder", data_dir=folder, width_multiplier=1 / 16, batch_size=BATCH,
                                 loss_scale="dynamic")
     npu_config.open_device(config)
-    learner = pretraining.Byol(config, TwoHalves("cpu", tf.distribute.get_strategy(), config), 10, 2)
+    learner = pretraining.Byol(config, TwoHalves("cpu", config), 10, 2)
     tf.train.Checkpoint(**learner.state()).restore(checkpoint).assert_existing_objects_matched()
     step = tf.function(learner.train_step_pretraining)
     losses = []

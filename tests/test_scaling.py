@@ -75,11 +75,11 @@ def steps_done(folder):
     return max([0] + [int(path.name.split("-")[1].split(".")[0]) for path in (folder / "checkpoints").glob("ckpt-*.sha256.json")])
 
 
-def assert_close(folder, reference, steps=range(1, STEPS + 1)):
+def assert_close(folder, reference):
     """Every loss, and every number of the training state after each step: weights, moving statistics, Adam's slots."""
     expected, found = (np.loadtxt(str(each / "losses.txt"))[:STEPS] for each in (reference, folder))
-    np.testing.assert_allclose(found[:steps[-1]], expected[:steps[-1]], rtol=2e-6)
-    for step in steps:
+    np.testing.assert_allclose(found, expected, rtol=2e-6)
+    for step in range(1, STEPS + 1):
         state, twin = (tf.train.load_checkpoint(str(each / "checkpoints" / ("ckpt-%d" % step))) for each in (reference, folder))
         names = [name for name, dtype in state.get_variable_to_dtype_map().items() if dtype == tf.float32]
         assert len(names) > 100 and set(twin.get_variable_to_shape_map()) == set(state.get_variable_to_shape_map())
@@ -98,20 +98,14 @@ def one(images, tmp_path_factory):
     return folder
 
 
-def test_two_devices_compute_what_one_does(images, one, tmp_path):
-    complete(images, tmp_path, "--num_devices=2", "--max_steps=%d" % STEPS)
-    assert_close(tmp_path, one)
-    logs = [json.loads((folder / "metrics.json").read_text())["log"] for folder in (tmp_path, one)]
-    np.testing.assert_allclose([row["spread"] for row in logs[0]], [row["spread"] for row in logs[1]], rtol=1e-5)
-    assert json.loads((tmp_path / "result.json").read_text())["device"] == "CPU in float32, 2 replicas"
-
-
-def test_resume_with_another_number_of_devices(images, one, tmp_path):
+def test_four_and_two_devices_compute_and_resume_what_one_does(images, one, tmp_path):
     complete(images, tmp_path, "--num_devices=4", "--max_steps=2")
-    assert_close(tmp_path, one, [1, 2])
+    assert json.loads((tmp_path / "result.json").read_text())["device"] == "CPU in float32, 4 replicas"
     assert "Resuming from step 2" in complete(images, tmp_path, "--max_steps=3")
     assert "Resuming from step 3" in complete(images, tmp_path, "--num_devices=2", "--max_steps=%d" % STEPS)
     assert_close(tmp_path, one)
+    logs = [json.loads((folder / "metrics.json").read_text())["log"] for folder in (tmp_path, one)]
+    np.testing.assert_allclose([row["spread"] for row in logs[0]], [row["spread"] for row in logs[1]], rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +145,9 @@ def test_a_worker_that_dies_ends_the_others_and_all_go_on_exactly(images, two, t
     assert [worker.returncode for worker in workers] == [143, 143], said
     assert "Resuming from step %d of 24" % reached in said[0][0]
     assert "Stopped by SIGTERM at step %d" % steps_done(folder) in said[0][0]
-    if steps_done(folder) < 10:
-        workers = begin_workers(images, folder, 2, "--max_steps=10")
-        said = [worker.communicate(timeout=400) for worker in workers]
-        assert [worker.returncode for worker in workers] == [0, 0], said
-    assert losses(folder).splitlines()[:10] == losses(two).splitlines()
+    found, expected = losses(folder).splitlines(), losses(two).splitlines()
+    assert len(found) == steps_done(folder) > reached + 1
+    assert found[:len(expected)] == expected[:len(found)]
 
 
 def test_what_concerns_all_workers_ends_them_all(images, tmp_path):
