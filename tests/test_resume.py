@@ -176,10 +176,16 @@ def half(images, tmp_path_factory):
     return folder
 
 
-def test_other_settings_are_refused_and_named(images, reference, half):
+def test_other_settings_are_refused_and_named(images, reference, half, tmp_path):
     status, _, error = end(begin(images, half, "--learning_rate=0.5", "--num_epochs=7", "--log_every=1"))
     assert status == 1 and len(error.splitlines()) == 1
     assert "learning_rate was 0.001, is 0.5" in error and "num_epochs was 6, is 7" in error and "log_every" not in error
+    changed = tmp_path / "changed"
+    shutil.copytree(str(images), str(changed))
+    picture = next((changed / "train" / "0").iterdir())
+    picture.write_bytes(tf.io.encode_png(np.zeros((8, 8, 3), np.uint8)).numpy())
+    status, _, error = end(begin(changed, half))
+    assert status == 1 and len(error.splitlines()) == 1 and "images_crc was" in error
     status, _, error = end(begin(images, half, "--noresume"))
     assert status == 1 and len(error.splitlines()) == 1 and "--overwrite" in error and steps_done(half) == 8
     assert "Resuming" not in complete(images, half, "--noresume", "--overwrite")
