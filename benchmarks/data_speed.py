@@ -40,7 +40,7 @@ def measure(scale: Scale, settings: Dict[str, Any], verbose: bool) -> List[table
         for share, part in zip(SHARES, grown):
             shown = "read in %.2f s, views of %s images/s, peak memory %.2f GB" % (
                 part["read"], table.number(part["images_per_second"]), part["memory"] / 1e9)
-            row = table.Row("data", "%d images, batch %d" % (part["images"], BATCH), shown)
+            row = table.Row("data", "%d images, batch %d" % (part["images"], part["batch"]), shown)
             if share != SHARES[0]:
                 row = row._replace(against="%d images" % first["images"], figure=table.figure(
                     [part["images_per_second"] / first["images_per_second"]]), unit=" of the speed")
@@ -135,7 +135,8 @@ def prepare(settings: Dict[str, Any]) -> Dict[str, Callable[..., Any]]:
 
         take(8)
         speed = batch / workers.seconds_each(take, 3 * seconds, most=8)
-        return {"read": took, "images": len(data.train_images), "images_per_second": speed, "memory": workers.peak_memory()}
+        return {"read": took, "images": len(data.train_images), "batch": batch, "images_per_second": speed,
+                "memory": workers.peak_memory()}
 
     return {"read": read, "pipeline": pipeline}
 

@@ -20,9 +20,9 @@ def measure(scale: Scale, settings: Dict[str, Any], verbose: bool, results: Dict
             continue
         done = results.get("float32-%d" % batch)
         try:
-            got[batch] = measured = done or step_speed.take_turns(scale, settings, batch, MODE, int(batch <= scale.large_batch), verbose,
-                                                       product=False)
-            a_row = measured["memory"] / batch
+            rounds = int(batch <= scale.large_batch)  # of a larger one, only the first step
+            got[batch] = done or step_speed.take_turns(scale, settings, batch, MODE, rounds, verbose, product=False)
+            a_row = got[batch]["memory"] / batch
         except workers.Failed as error:
             got[batch] = {"missing": str(error)}
     rows = []
