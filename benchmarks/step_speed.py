@@ -123,15 +123,17 @@ def prepare(settings: Dict[str, Any]) -> Dict[str, Callable[..., Any]]:
     side = settings["matrix"]
 
     @tf.function
-    def products(n: tf.Tensor) -> tf.Tensor:
-        a = tf.cast(tf.random.stateless_normal((side, side), (0, 1)) / side ** 0.5, dtype)
-        x = tf.cast(tf.random.stateless_normal((side, side), (0, 2)), dtype)
+    def products(a: tf.Tensor, x: tf.Tensor, n: tf.Tensor) -> tf.Tensor:
         for _ in tf.range(n):
             x = tf.matmul(a, x)  # each needs the one before, so none is left out
         return tf.reduce_mean(tf.cast(x, tf.float32))
 
-    def product(n: int) -> None:
-        products(tf.constant(n)).numpy()
+    def product(seconds: float) -> float:
+        # Made anew each time, so that they take no memory while the step has its turn.
+        a, x = (tf.random.stateless_normal((side, side), (0, i)) for i in range(2))
+        a, x = tf.cast(a / side ** 0.5, dtype), tf.cast(x, dtype)  # of such a size that no product grows out of its range
+        products(a, x, tf.constant(0)).numpy()  # waits until they are there
+        return workers.seconds_each(lambda n: products(a, x, tf.constant(n)).numpy(), seconds)
 
     def about() -> Dict[str, Any]:
         networks = learner.f_online, learner.g_online, learner.q_online
@@ -145,7 +147,7 @@ def prepare(settings: Dict[str, Any]) -> Dict[str, Callable[..., Any]]:
 
     return {"about": about, "memory": memory, "warm_up": warm_up,
             "step": lambda seconds: workers.seconds_each(step, seconds),
-            "product": lambda seconds: workers.seconds_each(product, seconds)}
+            "product": product}
 
 
 if __name__ == "__main__":
