@@ -73,7 +73,7 @@ def start(config: Config) -> Tuple[npu_config.Device, Any, Say]:
     if device.advice:
         say(device.advice)
     with device.scope():
-        encoder = models.ENCODERS[config.encoder](config.width_multiplier, norm=device.batch_norm)
+        encoder = models.ENCODERS[config.encoder](config.width_multiplier, norm=device.batch_norm, conv=device.convolution)
     if config.encoder_weights != "none":
         checkpoints.load_weights(encoder, config.encoder_weights)
     return device, encoder, say

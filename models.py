@@ -34,11 +34,11 @@ class BasicBlock(keras.layers.Layer):
     (b, h, w, channels) -> (b, h / stride, w / stride, filters).
     """
 
-    def __init__(self, channels: int, filters: int, stride: int, name: str, norm: Any) -> None:
+    def __init__(self, channels: int, filters: int, stride: int, name: str, norm: Any, conv: Any) -> None:
         super().__init__(name=name)
-        self.conv1 = keras.layers.Conv2D(filters, 3, strides=stride, padding="same", name="conv1")
+        self.conv1 = conv(filters, 3, strides=stride, padding="same", name="conv1")
         self.norm1 = norm(name="norm1")
-        self.conv2 = keras.layers.Conv2D(filters, 3, padding="same", name="conv2")
+        self.conv2 = conv(filters, 3, padding="same", name="conv2")
         self.norm2 = norm(name="norm2")
         layers = [(self.conv1, channels), (self.norm1, filters), (self.conv2, filters), (self.norm2, filters)]
         self.project = stride != 1
@@ -46,8 +46,7 @@ class BasicBlock(keras.layers.Layer):
         # To take every second pixel first and then convolve is the same.
         self.subsampling = stride if channels < 16 else 1
         if self.project:
-            self.shortcut_conv = keras.layers.Conv2D(filters, 1, strides=stride // self.subsampling, padding="same",
-                                                     name="shortcut_conv")
+            self.shortcut_conv = conv(filters, 1, strides=stride // self.subsampling, padding="same", name="shortcut_conv")
             self.shortcut_norm = norm(name="shortcut_norm")
             layers += [(self.shortcut_conv, channels), (self.shortcut_norm, filters)]
         with tf.name_scope(name):
@@ -70,17 +69,17 @@ class ResNet(keras.Model):
 
     (b, h, w, 3) float in [0, 1] -> (b, 512 * width_multiplier) in the layers' compute dtype, after global average
     pooling. All weights exist as soon as the object does, without tracing the network once for nothing.
-    norm: the class of its BatchNorm layers. ValueError if the width leaves a stage without filters.
+    norm, conv: the classes of its BatchNorm and convolution layers. ValueError if the width leaves a stage without filters.
     """
 
     def __init__(self, blocks: Tuple[int, int, int, int], width_multiplier: float = 1.0, name: str = "encoder",
-                 norm: Any = keras.layers.BatchNormalization) -> None:
+                 norm: Any = keras.layers.BatchNormalization, conv: Any = keras.layers.Conv2D) -> None:
         super().__init__(name=name)
         widths = [int(filters * width_multiplier) for filters in (64, 128, 256, 512)]
         if widths[0] < 1:
             raise ValueError("width_multiplier is %g, which leaves no filters: give at least 1/64" % width_multiplier)
         self.features = channels = widths[0]
-        self.stem_conv = keras.layers.Conv2D(channels, 3, padding="same", name="stem_conv")
+        self.stem_conv = conv(channels, 3, padding="same", name="stem_conv")
         self.stem_norm = norm(name="stem_norm")
         with tf.name_scope(name):
             _build(self.stem_conv, (None, None, None, 3))
@@ -89,7 +88,7 @@ class ResNet(keras.Model):
             for stage, (count, filters) in enumerate(zip(blocks, widths)):
                 for index in range(count):
                     stride = 2 if stage > 0 and index == 0 else 1
-                    block = BasicBlock(channels, filters, stride, "stage%d_block%d" % (stage + 1, index + 1), norm)
+                    block = BasicBlock(channels, filters, stride, "stage%d_block%d" % (stage + 1, index + 1), norm, conv)
                     self.blocks.append(block)
                     channels = filters
         self.features = channels
@@ -108,14 +107,14 @@ def _build(layer: Any, input_shape: Tuple[Any, ...]) -> None:
         layer.build(tf.TensorShape(input_shape))
 
 
-def ResNet18(width_multiplier: float = 1.0, name: str = "resnet18", norm: Any = keras.layers.BatchNormalization) -> ResNet:
+def ResNet18(width_multiplier: float = 1.0, name: str = "resnet18", **layers: Any) -> ResNet:
     """ResNet-18 (2-2-2-2 basic blocks): 11,173,632 trainable parameters at width 1, h of (b, 512)."""
-    return ResNet((2, 2, 2, 2), width_multiplier, name, norm)
+    return ResNet((2, 2, 2, 2), width_multiplier, name, **layers)
 
 
-def ResNet34(width_multiplier: float = 1.0, name: str = "resnet34", norm: Any = keras.layers.BatchNormalization) -> ResNet:
+def ResNet34(width_multiplier: float = 1.0, name: str = "resnet34", **layers: Any) -> ResNet:
     """ResNet-34 (3-4-6-3 basic blocks): 21,285,504 trainable parameters at width 1, h of (b, 512)."""
-    return ResNet((3, 4, 6, 3), width_multiplier, name, norm)
+    return ResNet((3, 4, 6, 3), width_multiplier, name, **layers)
 
 
 ENCODERS = {"resnet18": ResNet18, "resnet34": ResNet34}

@@ -68,8 +68,8 @@ class Device:
 
     kind: 'cpu', 'gpu' or 'npu'. workers, worker_id: processes that train together, and which one this is.
     replicas: devices that share each global batch, over all workers. half: what is computed in where the precision mode
-    allows it, 'float16', 'bfloat16' or None. advice: a line that the user should see once, or None. batch_norm: the
-    networks' BatchNorm layer, a class whose weights are those of Keras's.
+    allows it, 'float16', 'bfloat16' or None. advice: a line that the user should see once, or None. batch_norm,
+    convolution: the networks' layers, classes whose weights are those of Keras's BatchNormalization and Conv2D.
     """
 
     def __init__(self, kind: str, options: Options) -> None:
@@ -78,6 +78,7 @@ class Device:
         self.replicas = self.workers = 1
         self.worker_id = 0
         self.batch_norm = keras.layers.BatchNormalization  # type: Any
+        self.convolution = keras.layers.Conv2D  # type: Any
         self.half = None  # type: Optional[str]
         self.advice = None  # type: Optional[str]
 
@@ -259,6 +260,10 @@ def _open_host(options: Options) -> Device:
     kind = "gpu" if gpus else "cpu"
     device = distribution.open_replicas(kind, gpus, options) or Device(kind, options)
     device.half, device.advice = half, advice
+    if half and kind == "cpu":
+        import convolutions  # only now: elsewhere Keras's own is used
+
+        device.convolution = convolutions.Conv2D
     keras.mixed_precision.set_global_policy("mixed_" + half if half else "float32")
     return device
 

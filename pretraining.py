@@ -119,7 +119,8 @@ class Byol(tf.Module):
         super().__init__()
         self._config = config
         self._device = device
-        make_encoder = functools.partial(models.ENCODERS[config.encoder], config.width_multiplier, norm=device.batch_norm)
+        make_encoder = functools.partial(models.ENCODERS[config.encoder], config.width_multiplier, norm=device.batch_norm,
+                                         conv=device.convolution)
         make_head = functools.partial(models.ProjectionHead, norm=device.batch_norm)
         base = schedules.scaled_learning_rate(config.learning_rate, config.batch_size)
         self.schedule = functools.partial(schedules.LEARNING_RATES[config.lr_schedule], base=base, total_steps=total_steps)

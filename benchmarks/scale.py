@@ -21,6 +21,6 @@ class Scale(NamedTuple):
 
 
 FULL = Scale(width=1, narrow=1 / 16, linear_width=0.25, batch=128, large_batch=512, growth=(64, 1024), start_batch=64,
-             matrix=4096, rounds=4, large_rounds=2, turn=3.5, short_turn=1, log_every=2, images=None)
+             matrix=4096, rounds=6, large_rounds=3, turn=3.5, short_turn=1, log_every=2, images=None)
 QUICK = Scale(width=1 / 8, narrow=1 / 16, linear_width=1 / 16, batch=16, large_batch=64, growth=(128,), start_batch=8,
               matrix=1024, rounds=2, large_rounds=1, turn=0.3, short_turn=0.2, log_every=4, images=2000)
