@@ -67,7 +67,7 @@ def read(name: str, data_dir: Optional[str] = None) -> Tuple[np.ndarray, np.ndar
     Raises UserError if a file that is there is damaged or foreign, or if the data are nowhere to be had.
     """
     layout = LAYOUTS[name]
-    source = _find(layout, data_dir) or _download(layout, data_dir)
+    source = find(layout, data_dir) or _download(layout, data_dir)
     logging.info("Reading %s from %s.", layout.title, source)
     files = _archive_members(source, layout) if os.path.isfile(source) else _folder_files(source, layout)
     batches, names = {}, tuple(str(label) for label in range(layout.classes))
@@ -89,7 +89,7 @@ def read(name: str, data_dir: Optional[str] = None) -> Tuple[np.ndarray, np.ndar
     return train + _join([batches[file] for file in layout.test_files]) + (names,)
 
 
-def _find(layout: Layout, data_dir: Optional[str]) -> Optional[str]:
+def find(layout: Layout, data_dir: Optional[str]) -> Optional[str]:
     """The folder that holds files of the layout, or the archive; None if there is none."""
     given = []
     if data_dir:

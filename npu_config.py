@@ -279,7 +279,7 @@ def _half(options: Options, gpus: Sequence[Any]) -> Tuple[Optional[str], Optiona
             return None, None
         details = tf.config.experimental.get_device_details(gpus[0])
         return "bfloat16" if details.get("compute_capability", (0, 0)) >= (8, 0) else "float16", None
-    fast = _processor_has_bfloat16()
+    fast = processor_has_bfloat16()
     able = hasattr(keras.utils, "set_random_seed")  # of Keras 2.7; TensorFlow 2.6.5 has no bfloat16 convolution on the CPU
     if mode == "must_keep_origin_dtype":
         return None, ("This processor has bfloat16 instructions: --precision_mode allow_mix_precision would be faster."
@@ -291,7 +291,7 @@ def _half(options: Options, gpus: Sequence[Any]) -> Tuple[Optional[str], Optiona
                                           "allow_mix_precision is slower than must_keep_origin_dtype here.")
 
 
-def _processor_has_bfloat16() -> bool:
+def processor_has_bfloat16() -> bool:
     """Whether Linux lists bfloat16 instructions among the processor's flags (x86: avx512_bf16, amx_bf16; Arm: bf16)."""
     try:
         with open("/proc/cpuinfo") as file:

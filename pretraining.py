@@ -213,6 +213,7 @@ class Run:
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
         self.loop_size = config.iterations_per_loop or config.log_every
         self.knn_every = device.knn_every if config.knn_every is None else config.knn_every
+        self.images_crc = zlib.crc32(np.asarray(data.train_images[::len(data.train_images) // 1000 + 1]).tobytes())  # of some
         self.history = checkpoints.History()
         self.signals = commands.Signals()
 
@@ -222,7 +223,7 @@ class Run:
     def agree(self) -> None:
         """UserError if the workers were not all started with the same settings and data, on which they would go apart."""
         settings = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in LOCAL}
-        text = json.dumps([settings, self.total_steps, _crc(self.data.train_images)], sort_keys=True)
+        text = json.dumps([settings, self.total_steps, self.images_crc], sort_keys=True)
         if len(set(self.device.gather(zlib.crc32(text.encode())))) > 1:
             raise UserError("The workers were not all started with the same flags and data; give each the same.")
 
@@ -295,11 +296,10 @@ class Run:
             if batch % self.config.log_every == 0:
                 self._log(step, recent, (time.time() - since) / (step - since_step), time.time() - since)
                 since, since_step = time.time(), step
-            if batch == self.steps_per_epoch:
-                self._check_finite(step)
-                self._end_epoch(step)
             if batch == self.steps_per_epoch or step % self.config.save_checkpoints_steps == 0:
                 self._check_finite(step)
+                if batch == self.steps_per_epoch:
+                    self._end_epoch(step)
                 self._save(step)
                 saved = step
                 since, since_step = time.time(), step
@@ -431,7 +431,7 @@ def main() -> None:
             run.say(device.advice)
         if device.is_chief:
             free = FREE | ({"num_epochs"} if config.lr_schedule == "constant" else set())
-            settings = dict(dataclasses.asdict(config), train_images=len(data.train_images), images_crc=_crc(data.train_images))
+            settings = dict(dataclasses.asdict(config), train_images=len(data.train_images), images_crc=run.images_crc)
             checkpoints.claim_folder(config.output_dir, settings, free, config.resume, config.overwrite)
         with device.together():
             run.agree()
@@ -451,11 +451,6 @@ def main() -> None:
         run.say("Stopped by %s at step %d; the same command goes on from there."
                 % (signal.Signals(run.signals[0]).name, run.step))
         sys.exit(128 + run.signals[0])
-
-
-def _crc(images: Any) -> int:
-    """A checksum of some of the images (n, s, s, 3), by which a resumed run notices that it was given others."""
-    return zlib.crc32(np.asarray(images[::len(images) // 1000 + 1]).tobytes())
 
 
 def _consistent(config: Config) -> Config:

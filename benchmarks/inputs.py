@@ -17,7 +17,7 @@ def find(data_dir: Optional[str]) -> Optional[str]:
     """The folder or archive of CIFAR-10 in data_dir; None without one. UserError if it is not there."""
     if not data_dir:
         return None
-    path = cifar._find(cifar.LAYOUTS["cifar10"], data_dir)
+    path = cifar.find(cifar.LAYOUTS["cifar10"], data_dir)
     if path is None:
         raise UserError("There is no CIFAR-10 in the folder %s; give --data_dir the folder that holds cifar-10-batches-py or "
                         "cifar-10-python.tar.gz, or leave it out to measure on drawn images." % data_dir)

@@ -16,6 +16,9 @@ from conftest import ROOT
 
 # One step of this takes a fraction of a second: 1/16 of the width, and images of the data set that needs no files.
 SMALL = ["--dataset=shapes", "--device=cpu", "--width_multiplier=0.0625", "--batch_size=64"]
+# For the images of the fixture `tiny_images`: 24 steps, 4 an epoch, of an encoder of one block.
+BLOCKS = (0, 1, 0, 0)
+TINY = ["--dataset=folder", "--image_size=8", "--device=cpu", "--width_multiplier=0.0625", "--batch_size=16", "--num_epochs=6"]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["command", "pretraining"])
 
@@ -96,6 +99,24 @@ def run(command, *arguments, **options):
 
 def pretrain(output_dir, *arguments, **options):
     return run("pretraining.py", *SMALL + ["--output_dir=%s" % output_dir] + list(arguments), **options)
+
+
+def begin_tiny(images, output_dir, *arguments, **options):
+    """Fork a run on such images."""
+    return fork("pretraining.py", *TINY + ["--data_dir=%s" % images, "--output_dir=%s" % output_dir] + list(arguments),
+                blocks=BLOCKS, **options)
+
+
+def completed(process):
+    """What a run printed, once it has ended well."""
+    out, error = process.communicate(timeout=400)
+    assert process.returncode == 0, error
+    return out
+
+
+def steps_done(folder):
+    """The step of the newest finished checkpoint of a run, 0 if there is none."""
+    return max([0] + [int(path.name.split("-")[1].split(".")[0]) for path in (folder / "checkpoints").glob("ckpt-*.sha256.json")])
 
 
 def wait_for(condition, process, seconds=240):

@@ -2,8 +2,24 @@
 import os
 import sys
 
+import numpy as np
+import pytest
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 sys.dont_write_bytecode = True
 
 import commands  # noqa: E402, F401  (sets TensorFlow's log level before any test imports it)
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory):
+    """A folder of 64 training and 4 test images, 8 x 8 pixels, in two classes."""
+    import tensorflow as tf
+
+    folder = tmp_path_factory.mktemp("images")
+    for i, image in enumerate(np.random.RandomState(0).randint(0, 256, (68, 8, 8, 3))):
+        path = folder / ("test" if i < 4 else "train") / str(i % 2) / ("%d.png" % i)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(tf.io.encode_png(image.astype(np.uint8)).numpy())
+    return folder

@@ -17,26 +17,14 @@ import h5py
 import numpy as np
 import pytest
 import tensorflow as tf
-from command import fork, run, wait_for
+from command import begin_tiny, completed, run, steps_done, wait_for
 
 KILLS = int(os.environ.get("KILLS", "2"))
 STEPS, EPOCH = 24, 4
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    for i, image in enumerate(np.random.RandomState(0).randint(0, 256, (68, 8, 8, 3))):
-        path = folder / ("test" if i < 4 else "train") / str(i % 2) / ("%d.png" % i)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(tf.io.encode_png(image.astype(np.uint8)).numpy())
-    return folder
-
-
-def begin(images, folder, *flags):
-    return fork("pretraining.py", "--dataset=folder", "--data_dir=%s" % images, "--image_size=8", "--device=cpu",
-                "--width_multiplier=0.0625", "--batch_size=16", "--num_epochs=6", "--save_every=3", "--log_every=2",
-                "--save_checkpoints_steps=2", "--output_dir=%s" % folder, *flags, blocks=(0, 1, 0, 0))
+def begin(tiny_images, folder, *flags):
+    return begin_tiny(tiny_images, folder, "--save_every=3", "--log_every=2", "--save_checkpoints_steps=2", *flags)
 
 
 def end(process):
@@ -44,10 +32,8 @@ def end(process):
     return process.returncode, out, error
 
 
-def complete(images, folder, *flags):
-    status, out, error = end(begin(images, folder, *flags))
-    assert status == 0, error
-    return out
+def complete(tiny_images, folder, *flags):
+    return completed(begin(tiny_images, folder, *flags))
 
 
 def results(folder):
@@ -70,63 +56,58 @@ def assert_same(folder, reference):
 
 
 @pytest.fixture(scope="module")
-def reference(images, tmp_path_factory):
+def reference(tiny_images, tmp_path_factory):
     """What a run leaves that was never stopped."""
     folder = tmp_path_factory.mktemp("reference")
-    complete(images, folder)
+    complete(tiny_images, folder)
     found = results(folder)
     assert found[0].count("\n") == STEPS and len(found[1]) > 20
     return found
 
 
-def steps_done(folder):
-    """The newest finished checkpoint's step, 0 if there is none."""
-    return max([0] + [int(path.name.split("-")[1].split(".")[0]) for path in (folder / "checkpoints").glob("ckpt-*.sha256.json")])
-
-
-def test_another_process_gives_the_same_bits(images, reference, tmp_path):
+def test_another_process_gives_the_same_bits(tiny_images, reference, tmp_path):
     code = ("import sys, runpy, models; sys.argv = sys.argv[1:]\n"
             "models.ENCODERS['resnet18'] = lambda width, name='resnet18', **more: models.ResNet((0, 1, 0, 0), width, name, **more)\n"
             "runpy.run_path(sys.argv[0], run_name='__main__')")
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     subprocess.check_call([sys.executable, "-B", "-c", code, os.path.join(root, "pretraining.py"), "--dataset=folder",
-                           "--data_dir=%s" % images, "--image_size=8", "--device=cpu", "--width_multiplier=0.0625",
+                           "--data_dir=%s" % tiny_images, "--image_size=8", "--device=cpu", "--width_multiplier=0.0625",
                            "--batch_size=16", "--num_epochs=6", "--save_every=3", "--log_every=4", "--output_dir=%s" % tmp_path],
                           env=dict(os.environ, PYTHONPATH=root, PYTHONHASHSEED="7"), stdout=subprocess.DEVNULL)
     assert_same(tmp_path, reference)
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_leaves_within_seconds(images, reference, tmp_path, number, status):
-    process = begin(images, tmp_path)
+def test_a_signal_saves_and_leaves_within_seconds(tiny_images, reference, tmp_path, number, status):
+    process = begin(tiny_images, tmp_path)
     assert wait_for(lambda: steps_done(tmp_path) >= 6, process)
     began = time.time()
     process.send_signal(number)
     found, out, error = end(process)
     assert (found, error) == (status, "") and time.time() - began < 20
     assert "Stopped by %s at step" % number.name in out
-    assert "Resuming from step %d of 24" % steps_done(tmp_path) in complete(images, tmp_path)
+    assert "Resuming from step %d of 24" % steps_done(tmp_path) in complete(tiny_images, tmp_path)
     assert_same(tmp_path, reference)
 
 
 @pytest.mark.parametrize("step", [8, 11])
-def test_max_steps_at_a_boundary_and_in_mid_epoch(images, reference, tmp_path, step):
-    complete(images, tmp_path, "--max_steps=%d" % step)
+def test_max_steps_at_a_boundary_and_in_mid_epoch(tiny_images, reference, tmp_path, step):
+    complete(tiny_images, tmp_path, "--max_steps=%d" % step)
     assert len((tmp_path / "losses.txt").read_text().splitlines()) == steps_done(tmp_path) == step
-    complete(images, tmp_path, "--log_every=1", "--keep_checkpoint_max=1")
+    complete(tiny_images, tmp_path, "--log_every=1", "--keep_checkpoint_max=1")
     assert_same(tmp_path, reference)
 
 
-def test_sigkill_at_random_moments(images, reference, tmp_path):
+def test_sigkill_at_random_moments(tiny_images, reference, tmp_path):
     """Each run is killed once, half of them among the steps, the others at any moment of their life, and then completed."""
     chance = random.Random(int(os.environ.get("SEED", "0")))
     began = time.time()
-    complete(images, tmp_path / "timed")
+    complete(tiny_images, tmp_path / "timed")
     seconds = time.time() - began
     killed_at = []
     while len(killed_at) < KILLS:
         folder = tmp_path / str(len(killed_at))
-        process = begin(images, folder)
+        process = begin(tiny_images, folder)
         if len(killed_at) % 2:  # anywhere, the start included
             time.sleep(chance.uniform(0, seconds))
         else:  # among the steps
@@ -137,7 +118,7 @@ def test_sigkill_at_random_moments(images, reference, tmp_path):
             process.send_signal(signal.SIGKILL)
         process.communicate()
         reached = steps_done(folder) if (folder / "checkpoints").is_dir() else 0
-        out = complete(images, folder)
+        out = complete(tiny_images, folder)
         assert reached == 0 or "Resuming from step %d of" % reached in out
         assert_same(folder, reference)
         shutil.rmtree(str(folder))
@@ -147,11 +128,11 @@ def test_sigkill_at_random_moments(images, reference, tmp_path):
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_sigkill_in_the_middle_of_a_checkpoint(images, reference, tmp_path, first):
+def test_sigkill_in_the_middle_of_a_checkpoint(tiny_images, reference, tmp_path, first):
     """Killed when TensorFlow's temporary folder is there: for the very first checkpoint, nothing is lost but time."""
     folder = tmp_path / "checkpoints"
     for _ in range(20):
-        process = begin(images, tmp_path)
+        process = begin(tiny_images, tmp_path)
         if wait_for(lambda: folder.is_dir() and (first or steps_done(tmp_path) >= 8)
                     and any("_temp" in name for name in os.listdir(str(folder))), process):
             process.send_signal(signal.SIGKILL)
@@ -164,76 +145,76 @@ def test_sigkill_in_the_middle_of_a_checkpoint(images, reference, tmp_path, firs
         (tmp_path / "losses.txt").exists() and (tmp_path / "losses.txt").unlink()
     else:
         raise AssertionError("never caught in the middle")
-    assert ("Resuming" in complete(images, tmp_path)) != first
+    assert ("Resuming" in complete(tiny_images, tmp_path)) != first
     assert_same(tmp_path, reference)
 
 
 @pytest.fixture
-def half(images, tmp_path_factory):
+def half(tiny_images, tmp_path_factory):
     """A run of 8 steps, which each test may spoil."""
     folder = tmp_path_factory.mktemp("half")
-    complete(images, folder, "--max_steps=8")
+    complete(tiny_images, folder, "--max_steps=8")
     return folder
 
 
-def test_other_settings_are_refused_and_named(images, reference, half, tmp_path):
-    status, _, error = end(begin(images, half, "--learning_rate=0.5", "--num_epochs=7", "--log_every=1"))
+def test_other_settings_are_refused_and_named(tiny_images, reference, half, tmp_path):
+    status, _, error = end(begin(tiny_images, half, "--learning_rate=0.5", "--num_epochs=7", "--log_every=1"))
     assert status == 1 and len(error.splitlines()) == 1
     assert "learning_rate was 0.001, is 0.5" in error and "num_epochs was 6, is 7" in error and "log_every" not in error
     changed = tmp_path / "changed"
-    shutil.copytree(str(images), str(changed))
+    shutil.copytree(str(tiny_images), str(changed))
     picture = next((changed / "train" / "0").iterdir())
     picture.write_bytes(tf.io.encode_png(np.zeros((8, 8, 3), np.uint8)).numpy())
     status, _, error = end(begin(changed, half))
     assert status == 1 and len(error.splitlines()) == 1 and "images_crc was" in error
-    status, _, error = end(begin(images, half, "--noresume"))
+    status, _, error = end(begin(tiny_images, half, "--noresume"))
     assert status == 1 and len(error.splitlines()) == 1 and "--overwrite" in error and steps_done(half) == 8
-    assert "Resuming" not in complete(images, half, "--noresume", "--overwrite")
+    assert "Resuming" not in complete(tiny_images, half, "--noresume", "--overwrite")
     (half / "f_online_step_8.h5").exists() and (half / "f_online_step_8.h5").unlink()
     assert_same(half, reference)
 
 
-def test_more_epochs_with_a_constant_rate_are_the_same_run(images, tmp_path):
+def test_more_epochs_with_a_constant_rate_are_the_same_run(tiny_images, tmp_path):
     whole, longer = tmp_path / "whole", tmp_path / "longer"
-    complete(images, whole, "--lr_schedule=constant", "--save_every=1")
-    complete(images, longer, "--lr_schedule=constant", "--save_every=1", "--num_epochs=2")
-    assert "Resuming from step 8 of 24" in complete(images, longer, "--lr_schedule=constant", "--save_every=1")
+    complete(tiny_images, whole, "--lr_schedule=constant", "--save_every=1")
+    complete(tiny_images, longer, "--lr_schedule=constant", "--save_every=1", "--num_epochs=2")
+    assert "Resuming from step 8 of 24" in complete(tiny_images, longer, "--lr_schedule=constant", "--save_every=1")
     assert_same(longer, results(whole))
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(images, reference, half):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tiny_images, reference, half):
     newest = sorted((half / "checkpoints").glob("ckpt-8.data-*"))[-1]
     newest.write_bytes(newest.read_bytes()[:-100])
-    status, out, error = end(begin(images, half))
+    status, out, error = end(begin(tiny_images, half))
     assert status == 0 and "ckpt-8 is damaged" in error and "Resuming from step 6 of 24" in out
     assert_same(half, reference)
 
 
-def test_no_good_checkpoint_is_an_error(images, half):
+def test_no_good_checkpoint_is_an_error(tiny_images, half):
     for path in (half / "checkpoints").glob("*.index"):
         path.write_bytes(b"x" + path.read_bytes()[1:])
-    status, out, error = end(begin(images, half))
+    status, out, error = end(begin(tiny_images, half))
     assert status == 1 and "None of the 4 checkpoints" in error.splitlines()[-1] and "Traceback" not in error
     shutil.rmtree(str(half / "checkpoints"))  # nor does a run begin anew where results say that there was one
-    status, out, error = end(begin(images, half))
+    status, out, error = end(begin(tiny_images, half))
     assert status == 1 and "losses.txt" in error and len(error.splitlines()) == 1
 
 
-def test_a_second_run_in_the_folder_is_refused(images, tmp_path):
-    first = begin(images, tmp_path, "--num_epochs=1000")
+def test_a_second_run_in_the_folder_is_refused(tiny_images, tmp_path):
+    first = begin(tiny_images, tmp_path, "--num_epochs=1000")
     assert wait_for(lambda: (tmp_path / "checkpoints").is_dir() and steps_done(tmp_path), first)
-    status, _, error = end(begin(images, tmp_path))
+    status, _, error = end(begin(tiny_images, tmp_path))
     assert status == 1 and "Another run" in error and len(error.splitlines()) == 1
     first.send_signal(signal.SIGKILL)
     first.communicate()
     step = steps_done(tmp_path)
-    out = complete(images, tmp_path, "--num_epochs=1000", "--max_steps=%d" % (step + 1))
+    out = complete(tiny_images, tmp_path, "--num_epochs=1000", "--max_steps=%d" % (step + 1))
     assert "Resuming from step %d of" % step in out
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(images, half):
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_images, half):
     before = sorted(path.name for path in (half / "checkpoints").iterdir())
-    code, out, error = end(begin(images, half, "--noresume", "--overwrite", "--learning_rate=1e38", "--log_every=4",
+    code, out, error = end(begin(tiny_images, half, "--noresume", "--overwrite", "--learning_rate=1e38", "--log_every=4",
                                  "--save_checkpoints_steps=4"))
     assert before and code == 1 and len(error.splitlines()) == 1 and "The loss of step" in error and "kept" in error
     assert not list(half.glob("f_online_*")) and not list((half / "checkpoints").glob("ckpt-*"))
@@ -256,8 +237,8 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("room", [0, 60000, 600000])
-def test_a_full_disk(images, reference, disk, room):
-    complete(images, disk, "--max_steps=8", "--keep_checkpoint_max=2")
+def test_a_full_disk(tiny_images, reference, disk, room):
+    complete(tiny_images, disk, "--max_steps=8", "--keep_checkpoint_max=2")
     before = contents(disk)
     (disk / "fill").write_bytes(b"")
     with open(str(disk / "fill"), "ab", buffering=0) as file:
@@ -267,7 +248,7 @@ def test_a_full_disk(images, reference, disk, room):
             except OSError:
                 break
         file.truncate(max(0, file.tell() - room))
-    status, out, error = end(begin(images, disk, "--keep_checkpoint_max=2"))
+    status, out, error = end(begin(tiny_images, disk, "--keep_checkpoint_max=2"))
     assert status == 1 and "Traceback" not in error and error.splitlines()[-1].startswith("pretraining.py: ")
     assert "write" in error.splitlines()[-1] or "space" in error.splitlines()[-1].lower(), error
     after = contents(disk)
@@ -276,14 +257,14 @@ def test_a_full_disk(images, reference, disk, room):
         assert after[name] == before[name] or name.endswith(("losses.txt", "metrics.json", "checkpoint")), name
     assert json.loads((disk / "config.json").read_text())["batch_size"] == 16
     (disk / "fill").unlink()
-    complete(images, disk, "--keep_checkpoint_max=2")
+    complete(tiny_images, disk, "--keep_checkpoint_max=2")
     assert_same(disk, reference)
 
 
-def test_a_folder_that_becomes_read_only(images, reference, tmp_path):
+def test_a_folder_that_becomes_read_only(tiny_images, reference, tmp_path):
     """Also root cannot write into a folder that is marked as immutable."""
     folder = tmp_path / "run"
-    process = begin(images, folder)
+    process = begin(tiny_images, folder)
     assert wait_for(lambda: (folder / "checkpoints").is_dir() and steps_done(folder) >= 4, process)
     folders = [str(folder), str(folder / "checkpoints")]
     try:
@@ -294,11 +275,11 @@ def test_a_folder_that_becomes_read_only(images, reference, tmp_path):
         status, _, error = end(process)
         assert status == 1 and "Traceback" not in error and len(error.splitlines()) == 1
         assert "write" in error or "not permitted" in error
-        status, _, error = end(begin(images, folder))
+        status, _, error = end(begin(tiny_images, folder))
         assert status == 1 and len(error.splitlines()) == 1 and "Cannot write into the folder" in error
     finally:
         subprocess.call(["chattr", "-i"] + folders, stderr=subprocess.DEVNULL)
-    complete(images, folder)
+    complete(tiny_images, folder)
     assert_same(folder, reference)
 
 

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
-from command import fork, run, wait_for
+from command import BLOCKS, TINY, begin_tiny, completed, run, steps_done, wait_for
 from conftest import ROOT
 
 import distribution
@@ -23,36 +23,20 @@ import pretraining
 from commands import UserError
 from models import keras
 
-BLOCKS = (0, 1, 0, 0)
-SMALL = ["--dataset=folder", "--image_size=8", "--device=cpu", "--width_multiplier=0.0625", "--batch_size=16", "--num_epochs=6",
-         "--log_every=1", "--save_checkpoints_steps=1", "--keep_checkpoint_max=100"]
 STEPS = 4
 SECONDS_TO_NOTICE = 60  # that docs/scaling.md states for the death of a process
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    for i, image in enumerate(np.random.RandomState(0).randint(0, 256, (68, 8, 8, 3))):
-        path = folder / ("test" if i < 4 else "train") / str(i % 2) / ("%d.png" % i)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(tf.io.encode_png(image.astype(np.uint8)).numpy())
-    return folder
+def begin(tiny_images, folder, *flags, **options):
+    return begin_tiny(tiny_images, folder, "--log_every=1", "--save_checkpoints_steps=1", "--keep_checkpoint_max=100", *flags,
+                      **options)
 
 
-def begin(images, folder, *flags, **options):
-    return fork("pretraining.py", *SMALL + ["--data_dir=%s" % images, "--output_dir=%s" % folder] + list(flags), blocks=BLOCKS,
-                **options)
+def complete(tiny_images, folder, *flags):
+    return completed(begin(tiny_images, folder, *flags))
 
 
-def complete(images, folder, *flags):
-    process = begin(images, folder, *flags)
-    out, error = process.communicate(timeout=400)
-    assert process.returncode == 0, error
-    return out
-
-
-def begin_workers(images, folder, number, *flags):
+def begin_workers(tiny_images, folder, number, *flags):
     """Start workers on this machine; only the chief's --output_dir is `folder`, the others' must never come to be."""
     sockets = [socket.socket() for _ in range(number)]
     for each in sockets:
@@ -63,16 +47,12 @@ def begin_workers(images, folder, number, *flags):
     processes = []
     for i in range(number):
         config = json.dumps({"cluster": {"worker": hosts}, "task": {"type": "worker", "index": i}})
-        processes.append(begin(images, folder if i == 0 else "%s-%d" % (folder, i), *flags, env={"TF_CONFIG": config}))
+        processes.append(begin(tiny_images, folder if i == 0 else "%s-%d" % (folder, i), *flags, env={"TF_CONFIG": config}))
     return processes
 
 
 def losses(folder):
     return (folder / "losses.txt").read_text()
-
-
-def steps_done(folder):
-    return max([0] + [int(path.name.split("-")[1].split(".")[0]) for path in (folder / "checkpoints").glob("ckpt-*.sha256.json")])
 
 
 def assert_close(folder, reference):
@@ -91,28 +71,28 @@ def assert_close(folder, reference):
 
 
 @pytest.fixture(scope="module")
-def one(images, tmp_path_factory):
+def one(tiny_images, tmp_path_factory):
     """What one device leaves."""
     folder = tmp_path_factory.mktemp("one")
-    complete(images, folder, "--max_steps=%d" % STEPS)
+    complete(tiny_images, folder, "--max_steps=%d" % STEPS)
     return folder
 
 
-def test_four_and_two_devices_compute_and_resume_what_one_does(images, one, tmp_path):
-    complete(images, tmp_path, "--num_devices=4", "--max_steps=2")
+def test_four_and_two_devices_compute_and_resume_what_one_does(tiny_images, one, tmp_path):
+    complete(tiny_images, tmp_path, "--num_devices=4", "--max_steps=2")
     assert json.loads((tmp_path / "result.json").read_text())["device"] == "CPU in float32, 4 replicas"
-    assert "Resuming from step 2" in complete(images, tmp_path, "--max_steps=3")
-    assert "Resuming from step 3" in complete(images, tmp_path, "--num_devices=2", "--max_steps=%d" % STEPS)
+    assert "Resuming from step 2" in complete(tiny_images, tmp_path, "--max_steps=3")
+    assert "Resuming from step 3" in complete(tiny_images, tmp_path, "--num_devices=2", "--max_steps=%d" % STEPS)
     assert_close(tmp_path, one)
     logs = [json.loads((folder / "metrics.json").read_text())["log"] for folder in (tmp_path, one)]
     np.testing.assert_allclose([row["spread"] for row in logs[0]], [row["spread"] for row in logs[1]], rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
-def two(images, one, tmp_path_factory):
+def two(tiny_images, one, tmp_path_factory):
     """What two workers leave that are never stopped."""
     folder = tmp_path_factory.mktemp("two") / "run"
-    workers = begin_workers(images, folder, 2, "--max_steps=10")
+    workers = begin_workers(tiny_images, folder, 2, "--max_steps=10")
     said = [worker.communicate(timeout=400) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], said
     assert said[1] == ("", "") and "[Epoch 3/6 Batch 2/4] Loss=" in said[0][0]
@@ -124,9 +104,9 @@ def test_two_workers_compute_what_one_does(one, two):
     assert_close(two, one)
 
 
-def test_a_worker_that_dies_ends_the_others_and_all_go_on_exactly(images, two, tmp_path):
+def test_a_worker_that_dies_ends_the_others_and_all_go_on_exactly(tiny_images, two, tmp_path):
     folder = tmp_path / "run"
-    workers = begin_workers(images, folder, 2)
+    workers = begin_workers(tiny_images, folder, 2)
     assert wait_for(lambda: (folder / "checkpoints").is_dir() and steps_done(folder) >= 3, workers[0])
     workers[1].send_signal(signal.SIGKILL)
     began = time.time()
@@ -138,7 +118,7 @@ def test_a_worker_that_dies_ends_the_others_and_all_go_on_exactly(images, two, t
     reached = steps_done(folder)
     assert reached < 24
 
-    workers = begin_workers(images, folder, 2)
+    workers = begin_workers(tiny_images, folder, 2)
     assert wait_for(lambda: steps_done(folder) >= reached + 2, workers[0])
     workers[1].send_signal(signal.SIGTERM)
     said = [worker.communicate(timeout=400) for worker in workers]
@@ -150,8 +130,8 @@ def test_a_worker_that_dies_ends_the_others_and_all_go_on_exactly(images, two, t
     assert found[:len(expected)] == expected[:len(found)]
 
 
-def test_what_concerns_all_workers_ends_them_all(images, tmp_path):
-    workers = begin_workers(images, tmp_path / "run", 2, "--learning_rate=1e38")
+def test_what_concerns_all_workers_ends_them_all(tiny_images, tmp_path):
+    workers = begin_workers(tiny_images, tmp_path / "run", 2, "--learning_rate=1e38")
     said = [worker.communicate(timeout=400) for worker in workers]
     assert [worker.returncode for worker in workers] == [1, 1]
     assert all("The loss of step" in error.splitlines()[-1] for _, error in said)
@@ -277,8 +257,8 @@ def test_settings_that_do_not_go_together(monkeypatch, settings, told):
         npu_config.open_device(npu_config.Options(device="cpu", **settings))
 
 
-def test_a_batch_that_does_not_come_out_even(images, tmp_path):
-    status, _, error = run("pretraining.py", *SMALL + ["--data_dir=%s" % images, "--output_dir=%s" % tmp_path, "--num_devices=3"],
+def test_a_batch_that_does_not_come_out_even(tiny_images, tmp_path):
+    status, _, error = run("pretraining.py", *TINY + ["--data_dir=%s" % tiny_images, "--output_dir=%s" % tmp_path, "--num_devices=3"],
                            forked=True)
     assert status == 1 and error == "pretraining.py: --batch_size 16 is not a multiple of the 3 devices that share it.\n"
 
