@@ -360,7 +360,7 @@ class Run:
 
     def _end_epoch(self, step: int) -> None:
         epoch = step // self.steps_per_epoch
-        if epoch % self.config.save_every == 0 or step == self.total_steps:
+        if epoch % self.config.save_every == 0 or step == self.last_step:
             self._save_weights("f_online_%d.h5" % epoch)
         self._evaluate_knn(step)
 
