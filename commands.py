@@ -116,6 +116,12 @@ def _parse(argv: List[str]) -> List[str]:
         sys.exit("%s: %s%s See --help." % (os.path.basename(argv[0]), text, "" if text.endswith("?") else "."))
 
 
+def plain_warnings() -> None:
+    """Warnings are shown as `WARNING: text`."""
+    logging.use_absl_handler()
+    logging.get_absl_handler().setFormatter(Formatter("%(levelname)s: %(message)s"))
+
+
 def run(main: Callable[[], Any]) -> None:
     """Run a command's `main` under absl: what the user can mend becomes one line on stderr and exit status 1."""
 
@@ -132,7 +138,7 @@ def run(main: Callable[[], Any]) -> None:
             where = " (%s)" % error.filename if error.filename else ""
             sys.exit("%s: %s%s" % (command, error.strerror or error, where))
 
-    logging.get_absl_handler().setFormatter(Formatter("%(levelname)s: %(message)s"))
+    plain_warnings()
     with quiet_start():
         tf.config.list_physical_devices()  # which TensorFlow does in app.run anyway, not quietly
     app.run(guarded, flags_parser=_parse)

@@ -343,6 +343,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    commands.plain_warnings()
     try:
         main(sys.argv[1:])
     except UserError as error:
