@@ -19,6 +19,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Type
 from absl import app, flags, logging
 
 VERBOSE = "--verbose" in sys.argv
+LOG_FORMAT = "%(levelname)s: %(message)s"
 # 0 shows everything that TensorFlow's C++ side says, 2 only its errors, and 3 not those of several lines either that it has
 # for a lost worker. A value set by the user wins.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if VERBOSE else "3" if os.environ.get("TF_CONFIG") else "2")
@@ -116,12 +117,6 @@ def _parse(argv: List[str]) -> List[str]:
         sys.exit("%s: %s%s See --help." % (os.path.basename(argv[0]), text, "" if text.endswith("?") else "."))
 
 
-def plain_warnings() -> None:
-    """Warnings are shown as `WARNING: text`."""
-    logging.use_absl_handler()
-    logging.get_absl_handler().setFormatter(Formatter("%(levelname)s: %(message)s"))
-
-
 def run(main: Callable[[], Any]) -> None:
     """Run a command's `main` under absl: what the user can mend becomes one line on stderr and exit status 1."""
 
@@ -138,7 +133,7 @@ def run(main: Callable[[], Any]) -> None:
             where = " (%s)" % error.filename if error.filename else ""
             sys.exit("%s: %s%s" % (command, error.strerror or error, where))
 
-    plain_warnings()
+    logging.get_absl_handler().setFormatter(Formatter(LOG_FORMAT))
     with quiet_start():
         tf.config.list_physical_devices()  # which TensorFlow does in app.run anyway, not quietly
     app.run(guarded, flags_parser=_parse)

@@ -13,6 +13,7 @@ import glob
 import html
 import io
 import json
+import logging
 import os
 import re
 import sys
@@ -343,7 +344,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    commands.plain_warnings()
+    logging.basicConfig(format=commands.LOG_FORMAT)  # absl's own handler would want flags
     try:
         main(sys.argv[1:])
     except UserError as error:
