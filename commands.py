@@ -132,6 +132,9 @@ def run(main: Callable[[], Any]) -> None:
             # A full disk, a folder that became read-only, a file that vanished: its name and the reason are the whole story.
             where = " (%s)" % error.filename if error.filename else ""
             sys.exit("%s: %s%s" % (command, error.strerror or error, where))
+        except KeyboardInterrupt:  # where a command has nothing to save
+            print("%s: stopped by Ctrl-C." % command, file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
 
     logging.get_absl_handler().setFormatter(Formatter(LOG_FORMAT))
     with quiet_start():

@@ -250,10 +250,11 @@ class Classifier(tf.Module):
               say: Say) -> None:
         """Take the steps 0..last_step - 1, of total_steps that a full run has, on the elements of `batches`.
 
-        Tells the loss at an epoch's end, at most once a second. UserError if it is not a finite number.
+        Tells how long it will take, and the loss at an epoch's end, at most once a second. UserError if that is not a finite number.
         """
+        say("Training for %d steps, %d an epoch..." % (last_step, steps_per_epoch))
         iterator = self._device.iterate(batches)
-        step, seconds_a_step, since = 0, None, time.time()
+        step, calls, seconds_a_step, since = 0, 0, None, time.time()  # type: int, int, Optional[float], float
         while step < last_step:
             n = min(steps_per_epoch - step % steps_per_epoch, last_step - step)
             n = self._device.steps_a_call(n, seconds_a_step)
@@ -262,7 +263,10 @@ class Classifier(tf.Module):
             self.train_loop(iterator, tf.constant(n))
             loss = float(self.loss.numpy())
             seconds_a_step = (time.time() - began) / n
-            step += n
+            step, calls = step + n, calls + 1
+            left = (last_step - step) * seconds_a_step
+            if calls == 2 and left > 60:  # the first has compiled the loop as well
+                say("About %d minutes are left." % round(left / 60))
             if not np.isfinite(loss):
                 raise UserError("The loss is %s after step %d; try a lower --learning_rate, or "
                                 "--precision_mode must_keep_origin_dtype." % (loss, step))

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -351,3 +352,5 @@ if __name__ == "__main__":
         sys.exit("report.py: %s" % error)
     except OSError as error:
         sys.exit("report.py: %s (%s)" % (error.strerror or error, error.filename))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

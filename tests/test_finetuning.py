@@ -1,10 +1,11 @@
 """Fine-tuning: which labels it uses, what it trains, what it reports, how it answers bad input."""
 import json
 import re
+import signal
 
 import numpy as np
 import pytest
-from command import run
+from command import run, start
 
 import checkpoints
 import commands
@@ -151,3 +152,12 @@ def test_bad_input_is_one_clear_line(main, settings, words):
     with pytest.raises(UserError, match=words) as error:
         main(**settings)
     assert "\n" not in str(error.value)
+
+
+def test_ctrl_c_ends_it_in_one_line(tmp_path):
+    process = start("finetuning.py", "--encoder_weights=none", "--dataset=shapes", "--device=cpu", "--width_multiplier=0.0625",
+                    "--num_epochs=10000", "--output_dir=%s" % tmp_path)
+    assert any(line.startswith("Training for ") for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=100)[1] == "finetuning.py: stopped by Ctrl-C.\n"
+    assert process.returncode == 130 and not list(tmp_path.iterdir())
