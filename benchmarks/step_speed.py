@@ -69,7 +69,7 @@ def _rows(scale: Scale, got: Dict[str, Any], goal: float, smaller: Optional[Dict
                            "products do, counted from their shapes." % (got["flop"] / got["batch"] / 1e9))
         return [row, _against_pytorch(name, shown, got)]
     before = table.ratios(smaller["gflops"], smaller["limit"]).median
-    relative = table.figure([ours / limit / before for ours, limit in zip(got["gflops"], got["limit"])])
+    relative = table.ratios(got["gflops"], [limit * before for limit in got["limit"]])
     return [row, table.Row("step", "the same share of the product", table.number(ratio.median), "batch %d: %s" % (
         smaller["batch"], table.number(before)), relative, at_least=LARGE_BATCH)]
 

@@ -41,8 +41,12 @@ def figure(values: Sequence[float]) -> Figure:
 
 
 def ratios(values: Sequence[float], others: Sequence[float]) -> Figure:
-    """The values divided by the others of the same round, since what disturbs a machine disturbs both sides of a round alike."""
-    return figure([value / other for value, other in zip(values, others)])
+    """The median of the values by that of the others; the spread is that of the rounds' own ratios.
+
+    The median of the rounds' ratios would vary more from run to run, where a machine is disturbed for less than a round.
+    """
+    rounds = figure([value / other for value, other in zip(values, others)])
+    return rounds._replace(median=statistics.median(values) / statistics.median(others))
 
 
 def verdict(row: Row) -> str:

@@ -147,7 +147,7 @@ def rows():
 def test_verdicts():
     assert [table.verdict(row) for row in rows()] == ["met", "missed", "met", "missed", "", "failed"]
     assert table.figure([3, 1, 2, 10]) == (2.5, 1, 10, 4)
-    assert table.ratios([2, 9, 8], [1, 3, 2]) == (3, 2, 4, 3)
+    assert table.ratios([2, 9, 8], [1, 3, 4]) == (8 / 3, 2, 3, 3)
     with pytest.raises(ValueError):
         table.figure([])
 
@@ -174,13 +174,13 @@ def test_table_and_json_appear_whole_or_not_at_all(tmp_path, monkeypatch):
     assert sorted(os.listdir(str(tmp_path))) == before and (tmp_path / "benchmark.md").read_text() == text
 
 
-def test_step_rows_take_the_ratios_of_rounds():
+def test_step_rows_take_the_ratios_of_medians():
     got = {"precision": "float32", "batch": 128, "flop": 128e9, "gflops": [90., 99.], "limit": [100., 100.],
            "images_per_second": [9., 10.], "parameters": [1, 2, 3], "seconds": {"step": [2., 4.], "pytorch_step": [3., 4.]},
            "pytorch": {"version": "9", "parameters": [1, 2, 3]}}
     product, peer = step_speed._rows(FULL, got, 0.97, None)
     assert product.figure == pytest.approx((0.945, 0.9, 0.99, 2)) and table.verdict(product) == "missed"
-    assert peer.figure == (1.25, 1, 1.5, 2) and table.verdict(peer) == "met"
+    assert peer.figure == pytest.approx((3.5 / 3, 1, 1.5, 2)) and table.verdict(peer) == "met"
     larger = dict(got, batch=512, gflops=[45.], limit=[50.])
     _, relative = step_speed._rows(FULL, larger, 0.97, got)
     assert relative.figure[:3] == pytest.approx([0.9 / 0.945] * 3) and relative.at_least == 0.9
