@@ -117,24 +117,30 @@ def _parse(argv: List[str]) -> List[str]:
         sys.exit("%s: %s%s See --help." % (os.path.basename(argv[0]), text, "" if text.endswith("?") else "."))
 
 
+@contextlib.contextmanager
+def one_line_errors(command: str) -> Iterator[None]:
+    """What the user can mend becomes one line on stderr and exit status 1; Ctrl-C becomes one with status 130."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit("%s: %s" % (command, error))
+    except OSError as error:
+        # A full disk, a folder that became read-only, a file that vanished: its name and the reason are the whole story.
+        where = " (%s)" % error.filename if error.filename else ""
+        sys.exit("%s: %s%s" % (command, error.strerror or error, where))
+    except KeyboardInterrupt:  # where a command has nothing to save
+        print("%s: stopped by Ctrl-C." % command, file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
 def run(main: Callable[[], Any]) -> None:
-    """Run a command's `main` under absl: what the user can mend becomes one line on stderr and exit status 1."""
+    """Run a command's `main` under absl, with `one_line_errors`."""
 
     def guarded(argv: List[str]) -> Any:
-        command = os.path.basename(argv[0])
-        try:
+        with one_line_errors(os.path.basename(argv[0])):
             if len(argv) > 1:
                 raise UserError("Unexpected argument %r: settings are given as --flag=value; see --help." % argv[1])
             return main()
-        except UserError as error:
-            sys.exit("%s: %s" % (command, error))
-        except OSError as error:
-            # A full disk, a folder that became read-only, a file that vanished: its name and the reason are the whole story.
-            where = " (%s)" % error.filename if error.filename else ""
-            sys.exit("%s: %s%s" % (command, error.strerror or error, where))
-        except KeyboardInterrupt:  # where a command has nothing to save
-            print("%s: stopped by Ctrl-C." % command, file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
 
     logging.get_absl_handler().setFormatter(Formatter(LOG_FORMAT))
     with quiet_start():

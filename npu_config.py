@@ -25,6 +25,8 @@ from commands import UserError, flag
 from models import keras
 
 SECONDS_A_CALL = 2.0  # that a call of the training loop takes at most, or one step if that takes longer
+# Whether TensorFlow has bfloat16 convolutions on the CPU, as 2.6.5 has not: told by a function of Keras 2.7.
+BFLOAT16_ON_CPU = hasattr(keras.utils, "set_random_seed")
 # Flags that do nothing where there is no NPU; ModelZoo's scripts pass them as False.
 NPU_FLAGS = ("use_mixlist", "fusion_off_flag", "over_dump", "data_dump_flag", "profiling")
 PRECISION_MODES = ("allow_fp32_to_fp16", "allow_mix_precision", "allow_mix_precision_fp16", "allow_mix_precision_bf16",
@@ -280,11 +282,10 @@ def _half(options: Options, gpus: Sequence[Any]) -> Tuple[Optional[str], Optiona
         details = tf.config.experimental.get_device_details(gpus[0])
         return "bfloat16" if details.get("compute_capability", (0, 0)) >= (8, 0) else "float16", None
     fast = processor_has_bfloat16()
-    able = hasattr(keras.utils, "set_random_seed")  # of Keras 2.7; TensorFlow 2.6.5 has no bfloat16 convolution on the CPU
     if mode == "must_keep_origin_dtype":
         return None, ("This processor has bfloat16 instructions: --precision_mode allow_mix_precision would be faster."
-                      if fast and able and not options.precision_mode else None)
-    if not able:
+                      if fast and BFLOAT16_ON_CPU and not options.precision_mode else None)
+    if not BFLOAT16_ON_CPU:
         raise UserError("--precision_mode allow_mix_precision: TensorFlow %s has no bfloat16 convolutions on the CPU; use "
                         "must_keep_origin_dtype here, or a current TensorFlow." % tf.__version__)
     return "bfloat16", None if fast else ("This processor has no bfloat16 instructions: --precision_mode "

@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import re
-import signal
 import sys
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -346,11 +345,5 @@ def main(arguments: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(format=commands.LOG_FORMAT)  # absl's own handler would want flags
-    try:
+    with commands.one_line_errors("report.py"):
         main(sys.argv[1:])
-    except UserError as error:
-        sys.exit("report.py: %s" % error)
-    except OSError as error:
-        sys.exit("report.py: %s (%s)" % (error.strerror or error, error.filename))
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)

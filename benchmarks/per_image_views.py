@@ -49,15 +49,17 @@ def apply(image: tf.Tensor, top: Any, left: Any, height: Any, width: Any, flip: 
     return tf.ensure_shape(x, (size, size, 3))
 
 
-@tf.function
 def view(image: tf.Tensor) -> tf.Tensor:
-    """One view, float32 (s, s, 3) in [0, 1], of one image, uint8 (s, s, 3)."""
+    """One view, float32 (s, s, 3) in [0, 1], of one image, uint8 (s, s, 3), for a graph: in one, each use draws for itself."""
     return apply(image, *draw_crop(image.shape[0]), *draw_colors())
+
+
+compiled_view = tf.function(view)
 
 
 def called_for_each(images: tf.Tensor) -> Tuple[tf.Tensor, tf.Tensor]:
     """Two views of each image, (b, s, s, 3), by a call from Python for each: the way of the reference."""
-    pairs = [(view(image), view(image)) for image in images]
+    pairs = [(compiled_view(image), compiled_view(image)) for image in images]
     return tf.stack([pair[0] for pair in pairs]), tf.stack([pair[1] for pair in pairs])
 
 

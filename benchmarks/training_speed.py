@@ -115,8 +115,8 @@ def fast_precision(device: str) -> str:
     import npu_config
 
     on_gpu = device != "cpu" and npu_config.tf.config.list_physical_devices("GPU")
-    able = hasattr(npu_config.keras.utils, "set_random_seed")  # as npu_config tells whether the CPU has bfloat16 convolutions
-    return "allow_mix_precision" if on_gpu or able and npu_config.processor_has_bfloat16() else "must_keep_origin_dtype"
+    fast = npu_config.BFLOAT16_ON_CPU and npu_config.processor_has_bfloat16()
+    return "allow_mix_precision" if on_gpu or fast else "must_keep_origin_dtype"
 
 
 if __name__ == "__main__":

@@ -27,16 +27,16 @@ STEPS = 4
 SECONDS_TO_NOTICE = 60  # that docs/scaling.md states for the death of a process
 
 
-def begin(tiny_images, folder, *flags, **options):
-    return begin_tiny(tiny_images, folder, "--log_every=1", "--save_checkpoints_steps=1", "--keep_checkpoint_max=100", *flags,
+def begin(images, folder, *flags, **options):
+    return begin_tiny(images, folder, "--log_every=1", "--save_checkpoints_steps=1", "--keep_checkpoint_max=100", *flags,
                       **options)
 
 
-def complete(tiny_images, folder, *flags):
-    return completed(begin(tiny_images, folder, *flags))
+def complete(images, folder, *flags):
+    return completed(begin(images, folder, *flags))
 
 
-def begin_workers(tiny_images, folder, number, *flags):
+def begin_workers(images, folder, number, *flags):
     """Start workers on this machine; only the chief's --output_dir is `folder`, the others' must never come to be."""
     sockets = [socket.socket() for _ in range(number)]
     for each in sockets:
@@ -47,7 +47,7 @@ def begin_workers(tiny_images, folder, number, *flags):
     processes = []
     for i in range(number):
         config = json.dumps({"cluster": {"worker": hosts}, "task": {"type": "worker", "index": i}})
-        processes.append(begin(tiny_images, folder if i == 0 else "%s-%d" % (folder, i), *flags, env={"TF_CONFIG": config}))
+        processes.append(begin(images, folder if i == 0 else "%s-%d" % (folder, i), *flags, env={"TF_CONFIG": config}))
     return processes
 
 
