@@ -19,6 +19,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 import numpy as np
 from absl import logging
 
+import image_files
 from commands import UserError
 
 
@@ -269,7 +270,7 @@ def _batch(batch: Dict[bytes, Any], layout: Layout) -> Tuple[np.ndarray, np.ndar
 def _join(batches: List[Tuple[np.ndarray, np.ndarray]]) -> Tuple[np.ndarray, np.ndarray]:
     """One array of images (n, 32, 32, 3) and one of labels, from batches in planes R, G, B."""
     labels = np.concatenate([labels for _, labels in batches])
-    images = np.empty((len(labels), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    images = image_files.empty(len(labels), IMAGE_SIZE)
     start = 0
     for batch, _ in batches:
         planes = batch.reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE)

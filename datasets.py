@@ -14,6 +14,7 @@ import tensorflow as tf
 import augmentation
 import cifar
 import folders
+import image_files
 import shapes
 from commands import UserError
 from folders import Images
@@ -129,14 +130,22 @@ def evaluation_batches(images: Any, batch_size: int) -> tf.data.Dataset:
         raise UserError("The batch size is %d; it must be at least 1." % batch_size)
     pixels = _on_host(images)
     indices = tf.data.Dataset.range(len(images)).batch(batch_size)
-    return indices.map(lambda i: tf.cast(tf.gather(pixels, i), tf.float32) / 255,
-                       num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(2)
+    return _as_written(indices.map(lambda i: tf.cast(tf.gather(pixels, i), tf.float32) / 255,
+                                   num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(2))
 
 
 def _on_host(array: Any) -> tf.Tensor:
-    """The array as a tensor that tf.data can capture by reference, wherever the networks are."""
+    """The array as a tensor that tf.data can capture by reference, wherever the networks are.
+
+    It shares the array's memory where that is such as `image_files.empty` gives, which must not change any more then.
+    """
     with tf.device("CPU:0"):
-        return array.tensor() if isinstance(array, folders.ImagesOnDisk) else tf.convert_to_tensor(array)
+        if isinstance(array, folders.ImagesOnDisk):
+            return array.tensor()
+        usable = array.size and array.flags.c_contiguous and array.flags.writeable
+        if usable and array.ctypes.data % image_files.ALIGNMENT == 0 and hasattr(array, "__dlpack__"):
+            return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+        return tf.convert_to_tensor(array)  # which copies, but not what is aligned on TensorFlow 2.6
 
 
 def _seeds(seed: int, step: tf.Tensor) -> tf.Tensor:
@@ -175,4 +184,11 @@ def _batches(make: Callable[[tf.Tensor, tf.Tensor], Tuple[tf.Tensor, tf.Tensor]]
     epochs = tf.data.Dataset.range(first_epoch, -(-last_step // steps_per_epoch))
     steps = epochs.flat_map(steps_of).skip(skipped).take(max(0, last_step - first_step))
     make = tf.autograph.experimental.do_not_convert(make)
-    return steps.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(4)
+    return _as_written(steps.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(4))
+
+
+def _as_written(batches: tf.data.Dataset) -> tf.data.Dataset:
+    """Without tf.data's rewriting, which finds nothing to improve here and would copy all images for it."""
+    options = tf.data.Options()
+    options.experimental_optimization.apply_default_optimizations = False
+    return batches.with_options(options)

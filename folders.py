@@ -224,7 +224,7 @@ def _decode(paths: List[str], folder: str, image_size: int, memory_limit: int,
     if len(paths) * image_size ** 2 * 3 > memory_limit:
         result = ImagesOnDisk(usable(), image_size, cache_dir)
     else:
-        array = np.empty((len(paths), image_size, image_size, 3), np.uint8)
+        array = image_files.empty(len(paths), image_size)
         for image in usable():
             array[len(kept) - 1] = image
         result = array[:len(kept)]

@@ -1,4 +1,4 @@
-"""One image file, of whatever origin, to pixels: PNG, JPEG, GIF (its first frame) or BMP.
+"""One image file, of whatever origin, to pixels: PNG, JPEG, GIF (its first frame) or BMP. And room for many images.
 
 TensorFlow's decoders do the work. Before they see a file, its header is read here, because a file of a few
 kilobytes may claim, and then take, any amount of memory.
@@ -12,10 +12,23 @@ import tensorflow as tf
 
 FILE_LIMIT = 64 << 20  # bytes
 PIXEL_LIMIT = 50000000  # of one image: more than a camera's photograph, and at most 1 GB while it is decoded
+ALIGNMENT = 64  # bytes: at multiples of it TensorFlow uses memory as it is, and copies it from elsewhere
 
 
 class Unusable(Exception):
     """Why a file cannot be used, in a few words."""
+
+
+def empty(number: int, image_size: int) -> np.ndarray:
+    """Room for images, uint8 (number, image_size, image_size, 3), that a tensor can share.
+
+    >>> empty(5, 7).ctypes.data % ALIGNMENT, empty(5, 7).shape
+    (0, (5, 7, 7, 3))
+    """
+    size = number * image_size ** 2 * 3
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start:start + size].reshape(number, image_size, image_size, 3)
 
 
 def load(path: str, image_size: int) -> np.ndarray:

@@ -101,10 +101,15 @@ class AdamW(getattr(keras.optimizers, "legacy", keras.optimizers).Adam):  # type
         super().__init__(name="Adam", **settings)
         self._weight_decay = weight_decay
 
+    def _prepare_local(self, var_device: str, var_dtype: Any, apply_state: Any) -> None:
+        super()._prepare_local(var_device, var_dtype, apply_state)
+        state = apply_state[(var_device, var_dtype)]
+        state["decay"] = state["lr_t"] * self._weight_decay
+
     def _resource_apply_dense(self, grad: tf.Tensor, var: tf.Variable, apply_state: Any = None) -> Any:
         if self._weight_decay and var.shape.rank > 1:
-            rate = apply_state[(var.device, var.dtype.base_dtype)]["lr_t"]
-            with tf.control_dependencies([var.assign_sub(rate * self._weight_decay * var)]):
+            decay = apply_state[(var.device, var.dtype.base_dtype)]["decay"]
+            with tf.control_dependencies([var.assign_sub(decay * var)]):
                 return super()._resource_apply_dense(grad, var, apply_state)
         return super()._resource_apply_dense(grad, var, apply_state)
 
@@ -192,11 +197,11 @@ class Byol(tf.Module):
 
     def _update_target(self) -> None:
         """target <- m * target + (1 - m) * online, for every weight of f and g, moving statistics included."""
-        m = self._config.target_momentum
         with self._device.keep_float32():  # float16 would round the small changes away
+            m, rest = (tf.constant(part) for part in (self._config.target_momentum, 1 - self._config.target_momentum))
             for online, target in ((self.f_online, self.f_target), (self.g_online, self.g_target)):
                 for source, goal in zip(online.weights, target.weights):
-                    self._device.update(goal, lambda goal, source: goal.assign(m * goal + (1 - m) * source), source)
+                    self._device.update(goal, lambda goal, source: goal.assign(m * goal + rest * source), source)
 
 
 class Run:

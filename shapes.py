@@ -8,6 +8,7 @@ from typing import Dict, List, Tuple
 
 import numpy as np
 
+import image_files
 from commands import UserError
 
 # Corners of the shapes that are polygons; each is later scaled to the wanted area, so their size here is
@@ -73,7 +74,7 @@ def make(number: int, seed: Tuple[int, int], image_size: int = 32) -> Tuple[np.n
                         "image of 16 x 16." % (number, image_size, image_size))
     random = np.random.RandomState(seed)
     labels = random.permutation(np.arange(number) % len(CLASS_NAMES))
-    images = np.empty((number, image_size, image_size, 3), np.uint8)
+    images = image_files.empty(number, image_size)
     measures = np.array([_area_and_radius(kind) for kind in CLASS_NAMES])
     chunk = max(1, _CHUNK_PIXELS // image_size ** 2)
     for start in range(0, number, chunk):

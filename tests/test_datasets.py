@@ -1,7 +1,11 @@
 """The pipelines: what a batch holds is a function of seed and step, whoever makes it, from wherever."""
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import ROOT
 
 import augmentation
 import datasets
@@ -103,6 +107,41 @@ def test_a_run_begun_anywhere_has_the_same_bits(shapes):
         for expected, got in zip(whole[start:], rest):
             for a, b in zip(expected, got):
                 np.testing.assert_array_equal(a, b)
+
+
+def test_a_tensor_shares_the_images_memory(shapes):
+    images = datasets._on_host(shapes.train_images)
+    assert np.shares_memory(images.__array__(), shapes.train_images)
+    assert "CPU:0" in images.device
+
+
+@pytest.mark.parametrize("change", [lambda x: np.concatenate([x[:1], x])[1:],  # where TensorFlow cannot use it as it is
+                                    lambda x: x.copy("F"),
+                                    lambda x: np.frombuffer(x.tobytes(), np.uint8).reshape(x.shape),
+                                    lambda x: np.repeat(x, 2, axis=0)[::2]])
+def test_images_may_lie_anywhere_in_memory(shapes, change):
+    elsewhere = change(shapes.train_images)
+    np.testing.assert_array_equal(elsewhere, shapes.train_images)
+    expected, = datasets.pretraining_batches(shapes.train_images, BATCH, 5, 0, 1)
+    got, = datasets.pretraining_batches(elsewhere, BATCH, 5, 0, 1)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_images_are_in_memory_once():
+    code = """if True:
+        import resource
+        import datasets, image_files
+
+        def peak_after_first_batch(images):
+            images[:] = 7
+            next(iter(datasets.pretraining_batches(images, 8, 0, 0, 2)))
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+
+        few = peak_after_first_batch(image_files.empty(100, 32))
+        print(peak_after_first_batch(image_files.empty(1 << 17, 32)) - few)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    assert int(done.stdout) < 1.3 * (384 << 10)
 
 
 def test_workers_make_the_parts_of_one_batch(shapes):
