@@ -130,8 +130,7 @@ def evaluation_batches(images: Any, batch_size: int) -> tf.data.Dataset:
         raise UserError("The batch size is %d; it must be at least 1." % batch_size)
     pixels = _on_host(images)
     indices = tf.data.Dataset.range(len(images)).batch(batch_size)
-    return _as_written(indices.map(lambda i: tf.cast(tf.gather(pixels, i), tf.float32) / 255,
-                                   num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(2))
+    return _map(indices, lambda i: tf.cast(tf.gather(pixels, i), tf.float32) / 255).prefetch(2)
 
 
 def _on_host(array: Any) -> tf.Tensor:
@@ -183,12 +182,11 @@ def _batches(make: Callable[[tf.Tensor, tf.Tensor], Tuple[tf.Tensor, tf.Tensor]]
     first_epoch, skipped = divmod(first_step, steps_per_epoch)
     epochs = tf.data.Dataset.range(first_epoch, -(-last_step // steps_per_epoch))
     steps = epochs.flat_map(steps_of).skip(skipped).take(max(0, last_step - first_step))
-    make = tf.autograph.experimental.do_not_convert(make)
-    return _as_written(steps.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(4))
+    return _map(steps, tf.autograph.experimental.do_not_convert(make)).prefetch(4)
 
 
-def _as_written(batches: tf.data.Dataset) -> tf.data.Dataset:
-    """Without tf.data's rewriting, which finds nothing to improve here and would copy all images for it."""
+def _map(elements: tf.data.Dataset, function: Callable[..., Any]) -> tf.data.Dataset:
+    """Several at a time, in order; and without tf.data's rewriting, which would copy all images and finds nothing to improve."""
     options = tf.data.Options()
     options.experimental_optimization.apply_default_optimizations = False
-    return batches.with_options(options)
+    return elements.map(function, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).with_options(options)
