@@ -123,7 +123,7 @@ def _parse(argv: List[str]) -> List[str]:
 
 @contextlib.contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
-    """What the user can mend becomes one line on stderr and exit status 1; Ctrl-C becomes one with status 130."""
+    """What the user can mend becomes one line on stderr and exit status 1; a signal becomes one with status 128 + its number."""
     try:
         yield
     except UserError as error:
@@ -132,9 +132,10 @@ def one_line_errors(command: str) -> Iterator[None]:
         # A full disk, a folder that became read-only, a file that vanished: its name and the reason are the whole story.
         where = " (%s)" % error.filename if error.filename else ""
         sys.exit("%s: %s%s" % (command, error.strerror or error, where))
-    except KeyboardInterrupt:  # where a command has nothing to save
-        print("%s: stopped by Ctrl-C." % command, file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    except (KeyboardInterrupt, Interrupted) as error:  # where a command has nothing to save
+        number = error.args[0] if isinstance(error, Interrupted) else signal.SIGINT
+        print("%s: stopped by %s." % (command, "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name), file=sys.stderr)
+        sys.exit(128 + number)
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -205,7 +206,7 @@ def make_folder(path: str) -> str:
 
 
 class Interrupted(Exception):
-    """A signal came while `Signals.interrupting` was at work."""
+    """A signal, whose number this holds, came while `Signals.interrupting` was at work."""
 
 
 class Signals(List[int]):
@@ -217,19 +218,30 @@ class Signals(List[int]):
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
-        """For what is long and may be left undone: a signal inside raises Interrupted."""
+        """For what is long and may be left undone: a signal raises Interrupted, and one that came before does so at once.
+
+        In some places TensorFlow swallows whatever a handler raises while it traces a function; then it is raised at the end,
+        or by `check`.
+        """
+        self.check()
         self._interrupts = True
         try:
             yield
+            self.check()
         finally:
             self._interrupts = False
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal has come."""
+        if self:
+            raise Interrupted(self[0])
 
     def note(self, number: int, frame: Any) -> None:
         """The signals' handler. The next one of this number has its usual effect."""
         self.append(number)
         signal.signal(number, signal.SIG_DFL)
         if self._interrupts:
-            raise Interrupted
+            self.check()
 
 
 @contextlib.contextmanager

@@ -165,12 +165,15 @@ class Replicas(npu_config.Device):
                             "workers again with the same commands: they go on from the newest checkpoint." % self.worker_id)
 
 
-def open_replicas(kind: str, gpus: Sequence[Any], options: npu_config.Options) -> Optional[Replicas]:
+def open_replicas(kind: str, gpus: Sequence[Any], options: npu_config.Options, alone: bool) -> Optional[Replicas]:
     """The devices that --num_devices and TF_CONFIG ask for as one; None if that is a single device.
 
-    gpus: all that TensorFlow sees here, none for the CPU. UserError for what is not there or makes no sense.
+    gpus: all that TensorFlow sees here, none for the CPU. alone: there must be no other worker. UserError for what is not there
+    or makes no sense.
     """
     workers, worker_id = _cluster()
+    if workers > 1 and alone:
+        raise UserError("TF_CONFIG lists %d workers, but this command is for one alone; unset TF_CONFIG for it." % workers)
     number = options.num_devices
     if workers * number == 1:
         return None

@@ -223,9 +223,10 @@ class Device:
         return iter(batches)
 
 
-def open_device(options: Options) -> Device:
+def open_device(options: Options, alone: bool = False) -> Device:
     """Open the device that the flags ask for; UserError if it is not there or does not know the precision.
 
+    alone: for a command that is no worker among others. UserError if TF_CONFIG says that it is one.
     Must come before any tensor or variable: what exists before an NPU is opened is unusable on it.
     """
     if options.auto_tune:
@@ -243,10 +244,10 @@ def open_device(options: Options) -> Device:
         if getattr(options, name):
             logging.warning("--%s has no effect without an NPU.", name)
     with commands.quiet_start():
-        return _open_host(options)
+        return _open_host(options, alone)
 
 
-def _open_host(options: Options) -> Device:
+def _open_host(options: Options, alone: bool) -> Device:
     """The CPU or the GPUs, through tf.distribute where they are several."""
     gpus = tf.config.list_physical_devices("GPU") if options.device != "cpu" else []
     if options.device == "gpu" and not gpus:
@@ -260,7 +261,7 @@ def _open_host(options: Options) -> Device:
     import distribution  # only now: it builds on this module
 
     kind = "gpu" if gpus else "cpu"
-    device = distribution.open_replicas(kind, gpus, options) or Device(kind, options)
+    device = distribution.open_replicas(kind, gpus, options, alone) or Device(kind, options)
     device.half, device.advice = half, advice
     if half and kind == "cpu":
         import convolutions  # only now: elsewhere Keras's own is used

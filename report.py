@@ -201,7 +201,7 @@ def neighbours(run: Run, searched: int) -> np.ndarray:
     path, config = run.weights(), run.config
     if path is None:
         raise UserError("the run has saved no weights yet.")
-    npu_config.open_device(npu_config.Options(device="cpu"))
+    npu_config.open_device(npu_config.Options(device="cpu"), alone=True)
     data = datasets.load(config["dataset"], config["data_dir"], image_size=config["image_size"],
                          test_fraction=config["test_fraction"])
     if not len(data.test_images):

@@ -111,8 +111,10 @@ def test_a_signal_cuts_an_evaluation_short_and_the_resumed_run_makes_up_for_it(m
     began = time.time()
     with commands.signals() as run.signals:
         run._evaluate_knn(2)
+        run._evaluate_knn(2)  # nor is it begun after a signal
     assert run.signals == [signal.SIGTERM] and time.time() - began < 30 and not run.history.knn
 
+    run.signals = commands.Signals()
     monkeypatch.setattr(evaluation, "knn_of_encoder", lambda *_: 0.5)
     for step in (2, 2, 3):  # an epoch's end, again, and in mid-epoch
         run._evaluate_knn(step)

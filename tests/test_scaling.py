@@ -18,6 +18,7 @@ from command import BLOCKS, TINY, begin_tiny, completed, run, steps_done, wait_f
 from conftest import ROOT
 
 import distribution
+import evaluation
 import npu_config
 import pretraining
 from commands import UserError
@@ -247,6 +248,12 @@ def test_a_cluster_is_read(monkeypatch):
     assert distribution._cluster() == (3, 2)
     monkeypatch.setenv("TF_CONFIG", '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 0}}')
     assert distribution._cluster() == (1, 0) and npu_config.open_device(npu_config.Options(device="cpu")).replicas == 1
+
+
+def test_commands_for_one_ask_to_have_tf_config_unset(monkeypatch, tmp_path):
+    monkeypatch.setenv("TF_CONFIG", '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}')
+    with pytest.raises(UserError, match="TF_CONFIG lists 2 workers, but .*; unset TF_CONFIG"):
+        evaluation.start(evaluation.Config(encoder_weights="none", device="cpu", output_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize("settings, told", [(dict(jit_compile=True), "--jit_compile goes with one device"),
