@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import typing
 from logging import Formatter
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Type, TypeVar, Union
@@ -52,16 +53,31 @@ def quiet_start() -> Iterator[None]:
             os.write(2, b"".join(line for line in held if not NOTICES.match(line)))
 
 
-_waiting = sys.stderr.isatty() and "--quiet" not in sys.argv
-if _waiting:
-    sys.stderr.write("Starting TensorFlow...")
-gc.disable()  # what an import makes stays: to look for garbage in it takes a fifth of the import, and again at the end
-with quiet_start():
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    """For the import of TensorFlow: say on a terminal what is waited for, and be quick, quiet and easily stopped meanwhile."""
+    waiting = sys.stderr.isatty() and "--quiet" not in sys.argv
+    if waiting:
+        sys.stderr.write("Starting TensorFlow...")
+    main = threading.current_thread() is threading.main_thread()
+    default = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if default:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process, with no traceback from inside of TensorFlow
+    gc.disable()  # what an import makes stays: to look for garbage in it takes a fifth of the import, and again at the end
+    try:
+        with quiet_start():
+            yield
+    finally:
+        gc.freeze()
+        gc.enable()
+        if default:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if waiting:
+            sys.stderr.write("\r\x1b[K")  # the line is empty again
+
+
+with _starting():
     import tensorflow as tf
-gc.freeze()
-gc.enable()
-if _waiting:
-    sys.stderr.write("\r\x1b[K")  # the line is empty again
 
 
 class UserError(Exception):
@@ -125,15 +141,16 @@ def _parse(argv: List[str]) -> List[str]:
 def one_line_errors(command: str) -> Iterator[None]:
     """What the user can mend becomes one line on stderr and exit status 1; a signal becomes one with status 128 + its number."""
     try:
-        yield
+        with signals() as noted, noted.interrupting():
+            yield
     except UserError as error:
         sys.exit("%s: %s" % (command, error))
     except OSError as error:
         # A full disk, a folder that became read-only, a file that vanished: its name and the reason are the whole story.
         where = " (%s)" % error.filename if error.filename else ""
         sys.exit("%s: %s%s" % (command, error.strerror or error, where))
-    except (KeyboardInterrupt, Interrupted) as error:  # where a command has nothing to save
-        number = error.args[0] if isinstance(error, Interrupted) else signal.SIGINT
+    except Interrupted as error:  # where a command has nothing to save
+        number = error.args[0]
         print("%s: stopped by %s." % (command, "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name), file=sys.stderr)
         sys.exit(128 + number)
 
@@ -205,7 +222,7 @@ def make_folder(path: str) -> str:
     return path
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """A signal, whose number this holds, came while `Signals.interrupting` was at work."""
 
 
@@ -220,14 +237,17 @@ class Signals(List[int]):
     def interrupting(self) -> Iterator[None]:
         """For what is long and may be left undone: a signal raises Interrupted, and one that came before does so at once.
 
-        In some places TensorFlow swallows whatever a handler raises while it traces a function; then it is raised at the end,
-        or by `check`.
+        While TensorFlow traces a function, it swallows what the handler raises in some places, so that it is raised at the end
+        or by `check`, and makes another exception of it in others.
         """
         self.check()
         self._interrupts = True
         try:
             yield
             self.check()
+        except Exception:
+            self.check()
+            raise
         finally:
             self._interrupts = False
 
