@@ -8,7 +8,7 @@ import types
 
 import numpy as np
 import pytest
-from command import pretrain, run
+from command import pretrain, run, start, wait_for
 
 import commands
 import datasets
@@ -94,6 +94,33 @@ def test_help_names_every_flag_with_its_origin():
     assert "python pretraining.py --encoder resnet18 --num_epochs 200 --batch_size 512" in out
     for name in ("encoder", "target_momentum", "max_steps", "data_path", "model_dir", "log_step_count_steps", "precision_mode"):
         assert re.search(r"--(\[no\])?%s\b" % name, out), name
+
+
+@pytest.mark.parametrize("becomes", [None, SystemError])  # what TensorFlow makes of it at times while it traces
+@pytest.mark.parametrize("number, name", [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_a_signal_outside_of_the_training_is_one_line(capsys, number, name, becomes):
+    with pytest.raises(SystemExit) as status, commands.one_line_errors("some.py"):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        except BaseException:
+            if becomes:
+                raise becomes()
+            raise
+    assert status.value.code == 128 + number and capsys.readouterr().err == "some.py: stopped by %s.\n" % name
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="tells by Linux's /proc when TensorFlow is being imported")
+def test_ctrl_c_during_the_import_says_nothing():
+    process = start("pretraining.py")
+
+    def importing():
+        with open("/proc/%d/maps" % process.pid) as file:
+            return "libtensorflow_framework" in file.read()
+
+    assert wait_for(importing, process)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "") and process.returncode == -signal.SIGINT
 
 
 def test_a_signal_cuts_an_evaluation_short_and_the_resumed_run_makes_up_for_it(monkeypatch):
