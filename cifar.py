@@ -54,6 +54,7 @@ LAYOUTS = {
 IMAGE_SIZE = 32
 FILE_LIMIT = 200 << 20  # bytes; the largest official file, CIFAR-100's train, has 156 million
 ARCHIVE_LIMIT = 500 << 20  # bytes that an archive may unpack to; the official ones hold 190 million
+LARGE = 1 << 20  # bytes of a part that is not copied out of a file in memory
 PART_LIMIT = 5000000  # about five times what CIFAR-100's train has
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer
 
@@ -208,14 +209,24 @@ class _Dtype:
 
 
 class _Parts(io.BytesIO):
-    """A file in memory that can be read in so many parts and no more: each can become an object."""
+    """A file in memory that can be read in so many parts and no more: each can become an object.
+
+    Large ones are views of the file, not copies.
+    """
     left = PART_LIMIT
 
-    def read(self, size: Optional[int] = -1) -> bytes:
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.content = memoryview(content)
+
+    def read(self, size: Optional[int] = -1) -> Any:
         self.left -= 1
         if self.left < 0:
             raise pickle.UnpicklingError("it has more than %d parts" % PART_LIMIT)
-        return super().read(size)
+        if size is None or size < LARGE:
+            return super().read(size)
+        start = self.tell()
+        return self.content[start:self.seek(size, 1)]
 
 
 class _Unpickler(pickle._Unpickler):
@@ -260,7 +271,7 @@ def _batch(batch: Dict[bytes, Any], layout: Layout) -> Tuple[np.ndarray, np.ndar
     shape = (len(labels), 3 * IMAGE_SIZE ** 2)
     if not isinstance(array, _Array) or not isinstance(array.dtype, _Dtype) or array.dtype.code != b"u1":
         raise pickle.UnpicklingError("it holds no array of uint8 under 'data'")
-    if array.shape != shape or not isinstance(array.data, bytes) or len(array.data) != shape[0] * shape[1]:
+    if array.shape != shape or not isinstance(array.data, (bytes, memoryview)) or len(array.data) != shape[0] * shape[1]:
         raise pickle.UnpicklingError("it holds %d labels, but no images of the shape %d x %d"
                                      % ((len(labels),) + shape))
     images = np.frombuffer(array.data, np.uint8).reshape(shape, order="F" if array.fortran else "C")
