@@ -54,24 +54,33 @@ def quiet_start() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def signals_end_the_process() -> Iterator[None]:
+    """SIGTERM and Ctrl-C end the process at once and silently, even while C++ is at work, which lets no handler of Python's run."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT) if main}
+    ours = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+    for number in ours:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def _starting() -> Iterator[None]:
     """For the import of TensorFlow: say on a terminal what is waited for, and be quick, quiet and easily stopped meanwhile."""
     waiting = sys.stderr.isatty() and "--quiet" not in sys.argv
     if waiting:
         sys.stderr.write("Starting TensorFlow...")
-    main = threading.current_thread() is threading.main_thread()
-    default = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if default:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process, with no traceback from inside of TensorFlow
     gc.disable()  # what an import makes stays: to look for garbage in it takes a fifth of the import, and again at the end
     try:
-        with quiet_start():
+        with quiet_start(), signals_end_the_process():
             yield
     finally:
         gc.freeze()
         gc.enable()
-        if default:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         if waiting:
             sys.stderr.write("\r\x1b[K")  # the line is empty again
 

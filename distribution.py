@@ -11,6 +11,7 @@ from typing import Any, Callable, ContextManager, Iterator, List, Optional, Sequ
 import tensorflow as tf
 from absl import logging
 
+import commands
 import npu_config
 from commands import UserError
 from models import keras
@@ -186,7 +187,13 @@ def open_replicas(kind: str, gpus: Sequence[Any], options: npu_config.Options, a
             raise UserError("--num_devices %d: on CPU each worker of TF_CONFIG is one device; start more workers." % number)
         if gpus:
             tf.config.set_visible_devices(gpus[:number], "GPU")
-        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        try:
+            with commands.signals_end_the_process():  # it waits for the others
+                strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        except LOST as error:
+            logging.info("%s", error)
+            raise UserError("Not all %d workers of TF_CONFIG came, so worker %d ends. Start all of them, within an hour."
+                            % (workers, worker_id))
     else:
         if not gpus:
             cpu = tf.config.list_physical_devices("CPU")[0]

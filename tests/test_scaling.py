@@ -131,6 +131,27 @@ def test_a_worker_that_dies_ends_the_others_and_all_go_on_exactly(tiny_images, t
     assert found[:len(expected)] == expected[:len(found)]
 
 
+def test_waiting_for_a_missing_worker_ends_at_a_signal(tiny_images, tmp_path):
+    # TensorFlow 2.21 catches SIGTERM itself while it waits.
+    number = signal.SIGTERM if tf.__version__.startswith("2.6.") else signal.SIGINT
+    with socket.socket() as other, socket.socket() as own:
+        for each in (other, own):
+            each.bind(("127.0.0.1", 0))
+        hosts = ["127.0.0.1:%d" % each.getsockname()[1] for each in (own, other)]
+    config = json.dumps({"cluster": {"worker": hosts}, "task": {"type": "worker", "index": 0}})
+    worker = begin(tiny_images, tmp_path, env={"TF_CONFIG": config})
+
+    def listens():
+        with socket.socket() as caller:
+            return caller.connect_ex(("127.0.0.1", int(hosts[0].split(":")[1]))) == 0
+
+    assert wait_for(listens, worker)
+    time.sleep(1)  # from listening to waiting
+    worker.send_signal(number)
+    _, error = worker.communicate(timeout=60)
+    assert worker.returncode == -number and "Traceback" not in error
+
+
 def test_what_concerns_all_workers_ends_them_all(tiny_images, tmp_path):
     workers = begin_workers(tiny_images, tmp_path / "run", 2, "--learning_rate=1e38")
     said = [worker.communicate(timeout=400) for worker in workers]
