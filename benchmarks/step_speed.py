@@ -21,7 +21,7 @@ def measure(scale: Scale, settings: Dict[str, Any], verbose: bool, torch_python:
     for mode, goal in GOALS.items():
         try:
             around = None  # type: Any
-            for batch, rounds in ((scale.batch, scale.rounds), (scale.large_batch, scale.large_rounds)):
+            for batch, rounds in ((scale.batch, scale.step_rounds), (scale.large_batch, scale.large_rounds)):
                 got = take_turns(scale, settings, batch, mode, rounds, verbose, torch_python if batch == scale.batch else None)
                 results["%s-%d" % (got["precision"], batch)] = got
                 rows += _rows(scale, got, goal, around)
@@ -39,7 +39,7 @@ def take_turns(scale: Scale, settings: Dict[str, Any], batch: int, mode: str, ro
         ours = stack.enter_context(workers.Worker(MODULE, more, verbose=verbose))
         got = ours.ask("about")
         first = ours.ask("warm_up")
-        takers = {"step": lambda: ours.ask("step", seconds=scale.turn)}
+        takers = {"step": lambda: ours.ask("step", seconds=scale.turn)}  # type: Dict[str, Callable[[], float]]
         if product:
             ours.ask("product", seconds=0)
             takers["matrix"] = lambda: ours.ask("product", seconds=scale.turn)
@@ -47,13 +47,19 @@ def take_turns(scale: Scale, settings: Dict[str, Any], batch: int, mode: str, ro
             peer = stack.enter_context(workers.Worker("benchmarks.pytorch_step", more, torch_python, verbose))
             got["pytorch"] = peer.ask("warm_up")
             if "parameters" in got["pytorch"]:
-                takers["pytorch_step"] = lambda: peer.ask("step", seconds=scale.turn)
+                takers.update(step=lambda: _settled(ours, scale.turn), pytorch_step=lambda: _settled(peer, scale.turn))
         seconds = workers.in_turns(rounds, takers) if rounds else {"step": [first]}  # the first step, once traced
         got.update(seconds=seconds, memory=ours.ask("memory"),
                    images_per_second=[batch / each for each in seconds["step"]],
                    gflops=[got["flop"] / each / 1e9 for each in seconds["step"]],
                    limit=[2e-9 * scale.matrix ** 3 / each for each in seconds.get("matrix", [])])
     return got
+
+
+def _settled(worker: workers.Worker, seconds: float) -> float:
+    """Seconds of a step as in a run, one after the other: the first one after another process had the cores takes 1 to 4 % longer."""
+    worker.ask("step", seconds=0)
+    return float(worker.ask("step", seconds=seconds))
 
 
 def _rows(scale: Scale, got: Dict[str, Any], goal: float, smaller: Optional[Dict[str, Any]]) -> List[table.Row]:
