@@ -2,7 +2,7 @@
 
     python benchmarks/run.py --data_dir DIR
 
-takes some twenty minutes on two cores, and needs them to itself. It prints a table and writes it as benchmark.md, with all
+takes some twenty-five minutes on two cores, and needs them to itself. It prints a table and writes it as benchmark.md, with all
 figures as benchmark.json, into --output_dir. --quick takes two minutes with narrow encoders and small batches: it shows that
 all of it works; its verdicts say nothing. --only NAME,... takes some of the measurements. docs/performance.md explains the rows.
 """
