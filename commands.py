@@ -246,17 +246,14 @@ class Signals(List[int]):
     def interrupting(self) -> Iterator[None]:
         """For what is long and may be left undone: a signal raises Interrupted, and one that came before does so at once.
 
-        While TensorFlow traces a function, it swallows what the handler raises in some places, so that it is raised at the end
-        or by `check`, and makes another exception of it in others.
+        Where TensorFlow is at work, it is raised when that has returned: its C++ calls Python and takes for granted that nothing
+        is raised there. The process would crash, or go on as if nothing had come.
         """
         self.check()
         self._interrupts = True
         try:
             yield
             self.check()
-        except Exception:
-            self.check()
-            raise
         finally:
             self._interrupts = False
 
@@ -270,7 +267,28 @@ class Signals(List[int]):
         self.append(number)
         signal.signal(number, signal.SIG_DFL)
         if self._interrupts:
+            caller = _caller_of_tensorflow(frame)
+            if caller is None:
+                self.check()
+            else:  # its next line, its return or an exception in it comes when TensorFlow has returned
+                caller.f_trace = self._back
+                sys.settrace(lambda *_: None)
+
+    def _back(self, frame: Any, event: str, argument: Any) -> None:
+        """The trace function of TensorFlow's caller."""
+        sys.settrace(None)
+        if self._interrupts:
             self.check()
+
+
+def _caller_of_tensorflow(frame: Any) -> Any:
+    """The innermost frame on the stack from which all of TensorFlow's own are called; None if there are none."""
+    caller = None
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").split(".")[0] in ("tensorflow", "tf_keras", "keras", "npu_device"):
+            caller = frame.f_back
+        frame = frame.f_back
+    return caller
 
 
 @contextlib.contextmanager

@@ -264,7 +264,6 @@ class Classifier(tf.Module):
                 began = time.time()
                 self.train_loop(iterator, tf.constant(n))
                 loss = float(self.loss.numpy())
-                signals.check()
                 seconds_a_step = (time.time() - began) / n
                 step, calls = step + n, calls + 1
                 left = (last_step - step) * seconds_a_step

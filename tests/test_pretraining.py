@@ -96,20 +96,6 @@ def test_help_names_every_flag_with_its_origin():
         assert re.search(r"--(\[no\])?%s\b" % name, out), name
 
 
-@pytest.mark.parametrize("becomes", [None, SystemError])  # what TensorFlow makes of it at times while it traces
-@pytest.mark.parametrize("number, name", [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
-def test_a_signal_outside_of_the_training_is_one_line(capsys, number, name, becomes):
-    with pytest.raises(SystemExit) as status, commands.one_line_errors("some.py"):
-        try:
-            os.kill(os.getpid(), number)
-            time.sleep(60)
-        except BaseException:
-            if becomes:
-                raise becomes()
-            raise
-    assert status.value.code == 128 + number and capsys.readouterr().err == "some.py: stopped by %s.\n" % name
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="tells by Linux's /proc when TensorFlow is being imported")
 def test_ctrl_c_during_the_import_says_nothing():
     process = start("pretraining.py")
