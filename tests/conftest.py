@@ -1,5 +1,6 @@
 """Makes the modules at the root importable, and keeps TensorFlow quiet and off any accelerator's memory."""
 import os
+import signal
 import sys
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 sys.dont_write_bytecode = True
+# A shell's job in the background ignores Ctrl-C, and so would every command that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import commands  # noqa: E402, F401  (sets TensorFlow's log level before any test imports it)
 
