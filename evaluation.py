@@ -251,32 +251,31 @@ class Classifier(tf.Module):
         """Take the steps 0..last_step - 1, of total_steps that a full run has, on the elements of `batches`.
 
         Tells how long it will take, and the loss at an epoch's end, at most once a second. UserError if that is not a finite
-        number, commands.Interrupted at SIGTERM or Ctrl-C.
+        number.
         """
         step, calls, seconds_a_step, since = 0, 0, None, time.time()  # type: int, int, Optional[float], float
-        with commands.signals() as signals, signals.interrupting():
-            say("Training for %d steps, %d an epoch..." % (last_step, steps_per_epoch))
-            iterator = self._device.iterate(batches)
-            while step < last_step:
-                n = min(steps_per_epoch - step % steps_per_epoch, last_step - step)
-                n = self._device.steps_a_call(n, seconds_a_step)
-                self._device.set_loop_size(n)
-                began = time.time()
-                self.train_loop(iterator, tf.constant(n))
-                loss = float(self.loss.numpy())
-                seconds_a_step = (time.time() - began) / n
-                step, calls = step + n, calls + 1
-                left = (last_step - step) * seconds_a_step
-                if calls == 2 and left > 60:  # the first has compiled the loop as well
-                    say("About %d minutes are left." % round(left / 60))
-                if not np.isfinite(loss):
-                    raise UserError("The loss is %s after step %d; try a lower --learning_rate, or "
-                                    "--precision_mode must_keep_origin_dtype." % (loss, step))
-                if step == last_step or step % steps_per_epoch == 0 and time.time() - since > 1:
-                    epoch, batch = (step - 1) // steps_per_epoch + 1, (step - 1) % steps_per_epoch + 1
-                    say("[Epoch %d/%d Batch %d/%d] Loss=%.5f. Time=%.2f" % (
-                        epoch, total_steps // steps_per_epoch, batch, steps_per_epoch, loss, time.time() - since))
-                    since = time.time()
+        say("Training for %d steps, %d an epoch..." % (last_step, steps_per_epoch))
+        iterator = self._device.iterate(batches)
+        while step < last_step:
+            n = min(steps_per_epoch - step % steps_per_epoch, last_step - step)
+            n = self._device.steps_a_call(n, seconds_a_step)
+            self._device.set_loop_size(n)
+            began = time.time()
+            self.train_loop(iterator, tf.constant(n))
+            loss = float(self.loss.numpy())
+            seconds_a_step = (time.time() - began) / n
+            step, calls = step + n, calls + 1
+            left = (last_step - step) * seconds_a_step
+            if calls == 2 and left > 60:  # the first has compiled the loop as well
+                say("About %d minutes are left." % round(left / 60))
+            if not np.isfinite(loss):
+                raise UserError("The loss is %s after step %d; try a lower --learning_rate, or "
+                                "--precision_mode must_keep_origin_dtype." % (loss, step))
+            if step == last_step or step % steps_per_epoch == 0 and time.time() - since > 1:
+                epoch, batch = (step - 1) // steps_per_epoch + 1, (step - 1) % steps_per_epoch + 1
+                say("[Epoch %d/%d Batch %d/%d] Loss=%.5f. Time=%.2f" % (
+                    epoch, total_steps // steps_per_epoch, batch, steps_per_epoch, loss, time.time() - since))
+                since = time.time()
 
     def logits(self, features: np.ndarray) -> np.ndarray:
         """The head's answer to features (n, d): float32 (n, num_classes), computed on the host."""

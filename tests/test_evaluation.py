@@ -214,7 +214,7 @@ def test_a_signal_ends_the_training(device, encoder, monkeypatch):
         time.sleep(60)
 
     monkeypatch.setattr(classifier, "train_loop", signalled)
-    with pytest.raises(commands.Interrupted) as error:
+    with pytest.raises(commands.Interrupted) as error, commands.signals() as signals, signals.interrupting():
         classifier.train(labelled_batches(2)[0], 2, 2, 2, print)
     assert error.value.args == (signal.SIGTERM,) and len(calls) == 1
     with pytest.raises(SystemExit) as status, commands.one_line_errors("finetuning.py"):
