@@ -12,12 +12,9 @@ import numpy as np
 import tensorflow as tf
 
 import augmentation
-import cifar
-import folders
-import image_files
-import shapes
 from commands import UserError
-from folders import Images
+from sources import cifar, folders, image_files, shapes
+from sources.folders import Images
 
 NAMES = ("cifar10", "cifar100", "shapes", "folder")
 SHAPES_TRAIN, SHAPES_TEST = 5000, 1000

@@ -19,6 +19,7 @@ import datasets
 import models
 import npu_config
 from commands import UserError, flag
+from devices.base import Device
 from models import keras
 
 # k is that of InstDisc (Wu et al., 2018, arXiv:1805.01978), T that of Lightly's benchmarks (InstDisc: 0.07).
@@ -51,7 +52,7 @@ class Config(npu_config.Options):
 Say = Callable[[str], None]
 
 
-def start(config: Config) -> Tuple[npu_config.Device, Any, Say]:
+def start(config: Config) -> Tuple[Device, Any, Say]:
     """Open the device and load the encoder: (device, encoder, say), where say prints a line of progress.
 
     Only the chief prints, and not under --quiet. UserError for weights, a device or a folder that cannot be
@@ -98,7 +99,7 @@ def load_data(config: Config, labelled: bool = True) -> Any:
     return data
 
 
-def write_result(name: str, config: Config, device: npu_config.Device, data: datasets.Data, started: float,
+def write_result(name: str, config: Config, device: Device, data: datasets.Data, started: float,
                  figures: Dict[str, Any]) -> None:
     """Write result_<name>.json into output_dir: the figures, on which data, by which flags, in which time."""
     if device.is_chief:
@@ -187,7 +188,7 @@ class Classifier(tf.Module):
     included.
     """
 
-    def __init__(self, device: npu_config.Device, encoder: Any, width: int, num_classes: int,
+    def __init__(self, device: Device, encoder: Any, width: int, num_classes: int,
                  learning_rate: Callable[[tf.Tensor], tf.Tensor], label_smoothing: float,
                  frozen: bool = True) -> None:
         super().__init__()
@@ -289,7 +290,7 @@ def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
     return float(((logits > own).sum(axis=1) < k).mean())
 
 
-def batch_size_for(batch_size: int, number: int, device: npu_config.Device, say: Say) -> int:
+def batch_size_for(batch_size: int, number: int, device: Device, say: Say) -> int:
     """The batch size, or where there are fewer images, the largest that they and the replicas allow."""
     if batch_size <= number:
         return batch_size

@@ -21,9 +21,9 @@ import tensorflow as tf
 
 import datasets
 import evaluation
-import npu_config
 import schedules
 from commands import flag
+from devices.base import Device
 
 # Adam's rate falls from 5e-2 to 5e-4, by a polynomial of power 2 (reference).
 POWER = 2.0
@@ -102,7 +102,7 @@ Copies = List[Tuple[np.ndarray, np.ndarray]]
 
 
 def augmented_features(encoder: Any, data: datasets.Data, number: int, batch_size: int, seed: int,
-                       device: npu_config.Device, say: evaluation.Say) -> Copies:
+                       device: Device, say: evaluation.Say) -> Copies:
     """Features and labels of what the first epochs of the full protocol would train on, a copy an epoch."""
     steps = len(data.train_images) // batch_size
     copies = []

@@ -36,6 +36,8 @@ import npu_config
 import progress
 import schedules
 from commands import UserError, flag
+from devices import graph_check
+from devices.base import Device
 from models import keras
 
 # Warn below this fraction of the spread that evenly spread projections have; slow healthy runs were seen at 0.4 and above.
@@ -80,13 +82,16 @@ class Config(npu_config.Options):
     overwrite: bool = flag(False, "With --noresume: overwrite the results of an earlier run.")
     quiet: bool = flag(False, "Print warnings and errors only.")
     verbose: bool = flag(False, "Print what TensorFlow and the device say, too.")
+    check_npu: bool = flag(False, "Train nothing: tell from its graph whether an Ascend 910 can take the training loop whole.")
+    npu_ops: Optional[str] = flag(None, "For --check_npu: a file with the TensorFlow operators that the device has, one name a line, "
+                                  "# for comments. Without it names are not checked.")
 
 
 # Settings that a run may change when it is resumed: they do not change what is computed.
 FREE = {"data_dir", "output_dir", "device", "num_devices", "save_every", "log_every", "iterations_per_loop", "max_steps",
         "save_checkpoints_steps", "keep_checkpoint_max", "knn_every", "resume", "overwrite", "quiet", "verbose", "jit_compile",
         "hcom_parallel", "over_dump", "over_dump_path", "data_dump_flag", "data_dump_step", "data_dump_path", "profiling",
-        "profiling_dump_path", "auto_tune", "fusion_off_flag", "fusion_off_file"}
+        "profiling_dump_path", "auto_tune", "fusion_off_flag", "fusion_off_file", "check_npu", "npu_ops"}
 # Settings in which the workers of one run may differ.
 LOCAL = {"data_dir", "output_dir", "keep_checkpoint_max", "resume", "overwrite", "quiet", "verbose"}
 
@@ -120,7 +125,7 @@ class Byol(tf.Module):
     loop_size: the most steps that one call of `train_loop` will take.
     """
 
-    def __init__(self, config: Config, device: npu_config.Device, total_steps: int, loop_size: int) -> None:
+    def __init__(self, config: Config, device: Device, total_steps: int, loop_size: int) -> None:
         super().__init__()
         self._config = config
         self._device = device
@@ -207,7 +212,7 @@ class Byol(tf.Module):
 class Run:
     """One run in one folder: what is printed, evaluated and saved around the calls of the training loop."""
 
-    def __init__(self, config: Config, device: npu_config.Device, data: datasets.Data, shown: progress.Progress) -> None:
+    def __init__(self, config: Config, device: Device, data: datasets.Data, shown: progress.Progress) -> None:
         self.config, self.device, self.data, self.shown = config, device, data, shown
         self.say = shown.say
         self.steps_per_epoch = len(data.train_images) // config.batch_size
@@ -420,6 +425,8 @@ def main() -> None:
     config = commands.from_flags(Config)
     config = _consistent(config)
     logging.set_verbosity(logging.INFO if config.verbose else logging.WARNING)
+    if config.check_npu:
+        sys.exit(not check_npu(config))
     started = time.time()
     device = npu_config.open_device(config)
     device.set_seed(config.seed)
@@ -456,6 +463,26 @@ def main() -> None:
         run.say("Stopped by %s at step %d; the same command goes on from there."
                 % (signal.Signals(run.signals[0]).name, run.step))
         sys.exit(128 + run.signals[0])
+
+
+def trace(config: Config) -> Any:
+    """The ConcreteFunction of the training loop as it would be on one NPU, over one batch of black images."""
+    device = graph_check.device_on_paper(config.precision_mode, config.loss_scale)
+    images = np.zeros((config.batch_size, config.image_size, config.image_size, 3), np.uint8)
+    loop_size = config.iterations_per_loop or config.log_every
+    learner = Byol(config, device, total_steps=config.num_epochs, loop_size=loop_size)
+    batches = datasets.pretraining_batches(images, config.batch_size, config.seed, 0, 1)
+    return learner.train_loop.get_concrete_function(device.iterate(batches), tf.constant(loop_size))
+
+
+def check_npu(config: Config) -> bool:
+    """Print whether an Ascend 910 could take the training loop whole, and give that."""
+    supported = graph_check.read_operators(config.npu_ops) if config.npu_ops else None
+    report = graph_check.examine(trace(config), supported)
+    print("The training loop of %s, batch %d, for an NPU in %s, loss scale %s, traced by TensorFlow %s:\n%s"
+          % (config.encoder, config.batch_size, config.precision_mode or "allow_mix_precision", config.loss_scale, tf.__version__,
+             graph_check.verdict(report, config.npu_ops)))
+    return not report.problems
 
 
 def _consistent(config: Config) -> Config:

@@ -9,9 +9,9 @@ from typing import Any, Callable, Dict, List
 
 import numpy as np
 
-import cifar
 from benchmarks import inputs, table, workers
 from benchmarks.scale import Scale
+from sources import cifar
 
 MODULE = "benchmarks.data_speed"
 LAYOUT = cifar.LAYOUTS["cifar10"]

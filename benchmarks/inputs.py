@@ -4,10 +4,9 @@ from typing import Any, Optional
 
 import numpy as np
 
-import cifar
 import datasets
-import shapes
 from commands import UserError
+from sources import cifar, shapes
 
 TRAIN, TEST = 50000, 10000
 DRAWN = 5000  # different images; the rest are copies

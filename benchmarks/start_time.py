@@ -40,8 +40,8 @@ def prepare(settings: Dict[str, Any]) -> Dict[str, Callable[..., Any]]:
         clock.end("import")
         clock.around(pretraining.datasets, "load", before="device", after="data")
         clock.around(pretraining.Run, "start", after="build")
-        compile_ = pretraining.npu_config.Device.compile
-        pretraining.npu_config.Device.compile = lambda self, function: FirstStep(compile_(self, function), clock)
+        compile_ = pretraining.Device.compile
+        pretraining.Device.compile = lambda self, function: FirstStep(compile_(self, function), clock)
         with tempfile.TemporaryDirectory() as folder:
             source = ["--data_dir=" + settings["data_dir"]] if settings["data_dir"] else ["--dataset=shapes"]
             sys.argv = ["pretraining.py", "--output_dir=" + folder, "--device=" + settings["device"],

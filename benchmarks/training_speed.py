@@ -112,10 +112,12 @@ def prepare(settings: Dict[str, Any]) -> Dict[str, Callable[..., Any]]:
 
 def fast_precision(device: str) -> str:
     """The precision mode in which this machine's step is fastest, so that what is around it weighs most."""
-    import npu_config
+    import tensorflow as tf
 
-    on_gpu = device != "cpu" and npu_config.tf.config.list_physical_devices("GPU")
-    fast = npu_config.BFLOAT16_ON_CPU and npu_config.processor_has_bfloat16()
+    from devices import host
+
+    on_gpu = device != "cpu" and tf.config.list_physical_devices("GPU")
+    fast = host.BFLOAT16_ON_CPU and host.processor_has_bfloat16()
     return "allow_mix_precision" if on_gpu or fast else "must_keep_origin_dtype"
 
 

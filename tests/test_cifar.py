@@ -13,9 +13,9 @@ import warnings
 import numpy as np
 import pytest
 
-import cifar
 import datasets
 from commands import UserError
+from sources import cifar
 
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 

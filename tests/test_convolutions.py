@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import convolutions
 import models
 import npu_config
+from devices import convolutions, host
 from models import keras
 
 
@@ -31,7 +31,7 @@ def test_result_and_gradients_are_those_of_the_convolution(height, width, size, 
 
 @pytest.fixture
 def bfloat16():
-    if not npu_config.BFLOAT16_ON_CPU:
+    if not host.BFLOAT16_ON_CPU:
         pytest.skip("this TensorFlow has no bfloat16 on the CPU")
     yield npu_config.open_device(npu_config.Options(device="cpu", precision_mode="allow_mix_precision"))
     npu_config.open_device(npu_config.Options(device="cpu"))

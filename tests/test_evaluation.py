@@ -9,10 +9,10 @@ import tensorflow as tf
 
 import commands
 import evaluation
-import graph_check
 import models
 import npu_config
 from commands import UserError
+from devices import graph_check
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 from picture_files import bmp, gif, jpeg, picture, png
 
 import datasets
-import folders
 from commands import UserError
+from sources import folders
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from picture_files import COLOURED, INDICES, PALETTE, bmp, chunk, gif, jpeg, picture, png
 
-import image_files
+from sources import image_files
 
 
 def test_lossless_formats():

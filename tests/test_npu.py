@@ -8,9 +8,9 @@ import sys
 import pytest
 import tensorflow as tf
 
-import ascend
 import npu_config
 from commands import UserError
+from devices import ascend
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FAKE = os.path.join(ROOT, "tests", "fake_npu")
@@ -194,7 +194,7 @@ def device(mode="allow_mix_precision", **settings):
     class Adapter:
         distribute = FakeHccl()
 
-    return ascend.NpuDevice(Adapter, FakeHandle, mode, npu_config.Options(**settings))
+    return ascend.NpuDevice(Adapter, FakeHandle, mode, **settings)
 
 
 def test_each_rank_makes_its_rows():

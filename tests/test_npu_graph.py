@@ -7,9 +7,9 @@ import pytest
 import tensorflow as tf
 
 import evaluation
-import graph_check
 import models
-import npu_config
+import pretraining
+from devices import graph_check
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OPERATORS = os.path.join(ROOT, "..", "shared", "data", "npu_ops_2021.txt")
@@ -140,7 +140,7 @@ def test_a_list_of_operators_may_have_comments(tmp_path):
 
 @pytest.fixture(scope="module")
 def loop():
-    return graph_check.trace(graph_check.Config(check=True, width_multiplier=1 / 16, batch_size=8))
+    return pretraining.trace(pretraining.Config(check_npu=True, width_multiplier=1 / 16, batch_size=8))
 
 
 @pytest.mark.skipif(not os.path.exists(OPERATORS), reason="the list of an Ascend 910's operators is not here")
@@ -150,7 +150,7 @@ def test_the_training_loop_needs_no_operator_that_the_npu_lacked_in_2021(loop):
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_the_loop_of_linear_evaluation_and_finetuning_is_taken_whole_too(frozen):
-    device = graph_check.device_on_paper(npu_config.Options())
+    device = graph_check.device_on_paper(None, "auto")
     encoder = models.ResNet18(1 / 16)
     classifier = evaluation.Classifier(device, encoder, encoder.features, 10, lambda step: tf.constant(0.1), 0.1, frozen)
     data = tf.data.Dataset.from_tensors((tf.zeros([8, 32, 32, 3]), tf.zeros([8], tf.int64)))
@@ -159,28 +159,23 @@ def test_the_loop_of_linear_evaluation_and_finetuning_is_taken_whole_too(frozen)
     assert graph_check.examine(function, supported).problems == []
 
 
-def run_main(monkeypatch, loop, **settings):
-    monkeypatch.setattr(graph_check.commands, "from_flags", lambda config: config(**settings))
-    monkeypatch.setattr(graph_check, "trace", lambda config: loop)
-    graph_check.main()
-
-
 def test_check_says_yes(loop, monkeypatch, capsys):
-    run_main(monkeypatch, loop, check=True)
+    monkeypatch.setattr(pretraining, "trace", lambda config: loop)
+    assert pretraining.check_npu(pretraining.Config(check_npu=True))
     printed = capsys.readouterr().out
     assert "1 While; names not checked" in printed
     assert printed.splitlines()[-1].startswith("Yes: by the adapter's rules it becomes one npu-loop")
 
 
-def test_without_check_there_is_nothing_to_do(loop, monkeypatch):
-    with pytest.raises(graph_check.UserError, match="Give --check"):
-        run_main(monkeypatch, loop)
-
-
 def test_the_command_says_no_by_its_exit_status(tmp_path):
     path = tmp_path / "ops.txt"
     path.write_text("Conv2D\nRelu\n")
-    done = subprocess.run([sys.executable, "npu_config.py", "--check", "--npu_ops", str(path), "--width_multiplier=0.0625"],
+    done = subprocess.run([sys.executable, "pretraining.py", "--check_npu", "--npu_ops", str(path), "--width_multiplier=0.0625"],
                           cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
     assert done.returncode == 1 and "FusedBatchNormV3" in done.stdout
     assert done.stdout.splitlines()[-1] == "No: an Ascend 910 would not take it whole, but as mix mode."
+
+
+def test_the_old_command_tells_the_new_one():
+    done = subprocess.run([sys.executable, "npu_config.py", "--check"], cwd=ROOT, stderr=subprocess.PIPE, universal_newlines=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "python pretraining.py --check_npu" in done.stderr

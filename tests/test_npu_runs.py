@@ -18,6 +18,7 @@ import tensorflow as tf
 import datasets
 import npu_config
 import pretraining
+from devices.base import Device
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # 80 images in batches of 16: 5 steps an epoch, so that calls of 2 steps leave a remainder.
@@ -93,7 +94,7 @@ class Runs:
                     "--output_path", self.path("two"), "--", "--log_every=2", STOP_SECONDS="5")
 
 
-class TwoHalves(npu_config.Device):
+class TwoHalves(Device):
     """What two devices compute that share each batch and average their gradients, on one; BatchNorm sees half a batch."""
 
     def run(self, function, args):
@@ -112,7 +113,7 @@ def losses_of_two_halves(folder, checkpoint):
     config = pretraining.Config(device="cpu", dataset="folder", data_dir=folder, width_multiplier=1 / 16, batch_size=BATCH,
                                 loss_scale="dynamic")
     npu_config.open_device(config)
-    learner = pretraining.Byol(config, TwoHalves("cpu", config), 10, 2)
+    learner = pretraining.Byol(config, TwoHalves("cpu", config.loss_scale), 10, 2)
     tf.train.Checkpoint(**learner.state()).restore(checkpoint).assert_existing_objects_matched()
     step = tf.function(learner.train_step_pretraining)
     losses = []

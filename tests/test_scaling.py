@@ -17,11 +17,11 @@ import tensorflow as tf
 from command import BLOCKS, TINY, begin_tiny, completed, run, steps_done, wait_for
 from conftest import ROOT
 
-import distribution
 import evaluation
 import npu_config
 import pretraining
 from commands import UserError
+from devices import replicas
 from models import keras
 
 STEPS = 4
@@ -188,7 +188,7 @@ def check_batch_norm():
         if half:
             continue
         first = applied(keras.layers.BatchNormalization(), x[:4], w[:4], None)
-        own = applied(distribution.Replicas("cpu", device.strategy, halves, 1, 0).batch_norm, x, w, device)
+        own = applied(replicas.Replicas("cpu", device.strategy, halves, 1, 0).batch_norm, x, w, device)
         np.testing.assert_allclose(own[0][:4], first[0], rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(own[4], first[4], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(own[5], first[5], rtol=1e-5, atol=1e-6)
@@ -233,7 +233,7 @@ def count_collectives():
     tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2)
     strategy = tf.distribute.MultiWorkerMirroredStrategy._from_local_devices(["CPU:0", "CPU:1"])
     config = pretraining.Config(device="cpu", width_multiplier=1 / 16, batch_size=8)
-    learner = pretraining.Byol(config, distribution.Replicas("cpu", strategy, config, 1, 0), total_steps=10, loop_size=1)
+    learner = pretraining.Byol(config, replicas.Replicas("cpu", strategy, config, 1, 0), total_steps=10, loop_size=1)
     views = tf.data.Dataset.from_tensors((tf.zeros([8, 8, 8, 3]),) * 2)
     iterator = learner._device.iterate(views)
     graph = tf.function(lambda: learner.train_step_pretraining(*next(iterator))).get_concrete_function().graph
@@ -266,9 +266,9 @@ def test_a_wrong_tf_config_is_told(monkeypatch, text, told):
 def test_a_cluster_is_read(monkeypatch):
     task = '"task": {"type": "worker", "index": 1}'
     monkeypatch.setenv("TF_CONFIG", '{"cluster": {"chief": ["a:1"], "worker": ["b:1", "c:1"]}, %s}' % task)
-    assert distribution._cluster() == (3, 2)
+    assert replicas._cluster() == (3, 2)
     monkeypatch.setenv("TF_CONFIG", '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 0}}')
-    assert distribution._cluster() == (1, 0) and npu_config.open_device(npu_config.Options(device="cpu")).replicas == 1
+    assert replicas._cluster() == (1, 0) and npu_config.open_device(npu_config.Options(device="cpu")).replicas == 1
 
 
 def test_commands_for_one_ask_to_have_tf_config_unset(monkeypatch, tmp_path):

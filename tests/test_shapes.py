@@ -2,8 +2,8 @@
 import numpy as np
 import pytest
 
-import shapes
 from commands import UserError
+from sources import shapes
 
 
 @pytest.fixture(scope="module")

@@ -230,7 +230,7 @@ _loop_types = {}
 
 def _loop_type(function):
     if function.name not in _loop_types:
-        import graph_check  # its rules are tested against what the real adapter was seen to do
+        from devices import graph_check  # its rules are tested against what the real adapter was seen to do
 
         report = graph_check.examine(function, trusted=frozenset(["PyFunc"]))
         if report.problems:

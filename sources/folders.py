@@ -17,8 +17,8 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-import image_files
 from commands import UserError
+from sources import image_files
 
 THREADS = min(8, os.cpu_count() or 1)  # eight images of the largest size take up to 8 GB
 NAMES_SHOWN = 5  # of skipped files, in the warning

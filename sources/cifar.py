@@ -19,8 +19,8 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 import numpy as np
 from absl import logging
 
-import image_files
 from commands import UserError
+from sources import image_files
 
 
 class Layout(NamedTuple):

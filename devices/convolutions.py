@@ -1,6 +1,6 @@
 """A convolution whose kernel gradient is made of matrix products: faster than oneDNN's own in bfloat16 on the CPU.
 
-Only npu_config imports this module, and only for that precision there. What it brings is told in docs/performance.md.
+It is used for that precision there alone. What it brings is told in docs/performance.md.
 """
 from typing import Any, Callable, Tuple
 

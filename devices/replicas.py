@@ -1,6 +1,6 @@
 """Several CPUs or GPUs, of one machine or of several, as one device through tf.distribute.
 
-Only npu_config imports this module, and only where the flags or TF_CONFIG ask for more than one device. What a step
+What a step
 sends, how BatchNorm and files are dealt with, and what happens when a worker dies, is told in docs/scaling.md.
 """
 import contextlib
@@ -12,8 +12,8 @@ import tensorflow as tf
 from absl import logging
 
 import commands
-import npu_config
 from commands import UserError
+from devices.base import Device
 from models import keras
 
 LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.DeadlineExceededError,
@@ -61,11 +61,11 @@ class GlobalBatchNormalization(ReplicaBatchNormalization):
         return tf.cast((deviations - first) * scale + tf.cast(self.beta, tf.float32), inputs.dtype)
 
 
-class Replicas(npu_config.Device):
+class Replicas(Device):
     """Devices that share each global batch, each with a copy of the networks, all of which take the same steps."""
 
-    def __init__(self, kind: str, strategy: Any, options: npu_config.Options, workers: int, worker_id: int) -> None:
-        super().__init__(kind, options)
+    def __init__(self, kind: str, strategy: Any, options: Any, workers: int, worker_id: int) -> None:
+        super().__init__(kind, options.loss_scale)
         self.strategy = strategy
         self.workers, self.worker_id = workers, worker_id
         self.replicas = strategy.num_replicas_in_sync
@@ -166,7 +166,7 @@ class Replicas(npu_config.Device):
                             "workers again with the same commands: they go on from the newest checkpoint." % self.worker_id)
 
 
-def open_replicas(kind: str, gpus: Sequence[Any], options: npu_config.Options, alone: bool) -> Optional[Replicas]:
+def open_replicas(kind: str, gpus: Sequence[Any], options: Any, alone: bool) -> Optional[Replicas]:
     """The devices that --num_devices and TF_CONFIG ask for as one; None if that is a single device.
 
     gpus: all that TensorFlow sees here, none for the CPU. alone: there must be no other worker. UserError for what is not there

@@ -1,27 +1,19 @@
 """Whether an Ascend 910 can take a training loop whole: told from the traced graph, on any machine.
 
-    python npu_config.py --check --npu_ops ops.txt --encoder resnet34 --batch_size 256
-
-traces the loop that pretraining.py would run with the same flags, over its own tf.data pipeline, and says yes or no, also by
-its exit status. The rules are those by which the adapter npu_device decides; nothing is run, and no NPU is needed.
+The rules are those by which the adapter npu_device decides; nothing is run, and no NPU is needed. The command is
+`python pretraining.py --check_npu --npu_ops FILE`, with the flags of the run that is meant.
 """
 import collections
 import contextlib
 import dataclasses
-import sys
 import types
 from typing import Any, Dict, FrozenSet, Iterable, Iterator, List, Optional, Set, Tuple
 
-import numpy as np
 import tensorflow as tf
 from tensorflow.python.framework import op_def_registry
 
-import ascend
-import commands  # before TensorFlow, whose log level it sets
-import datasets
-import npu_config
-import pretraining
-from commands import UserError, flag
+from commands import UserError
+from devices import ascend
 from models import keras
 
 WHILE = ("While", "StatelessWhile")
@@ -31,14 +23,6 @@ ADAPTER_OPERATORS = frozenset(["IteratorV2", NEXT, "Placeholder"])
 LACKING_TYPES = ("float64", "complex64", "complex128", "variant", "string")
 # Outputs whose unknown shape the adapter ignores: operator and number of the output.
 NEGLIGIBLE = {("FusedBatchNormV3", 5)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(pretraining.Config):
-    """All flags of pretraining.py, and these two."""
-    check: bool = flag(False, "Tell from its graph whether an Ascend 910 can take the training loop whole.")
-    npu_ops: Optional[str] = flag(None, "A file with the TensorFlow operators that the device has, one name a line, # for comments. "
-                                  "Without it names are not checked.")
 
 
 @dataclasses.dataclass
@@ -211,23 +195,16 @@ def _some(names: List[str]) -> str:
     return ", ".join(names[:5]) + (", and %d more" % (len(names) - 5) if len(names) > 5 else "")
 
 
-def device_on_paper(options: npu_config.Options) -> ascend.NpuDevice:
-    """An NPU to trace for, without one. Keras's loss scaling stands for the adapter's."""
+def device_on_paper(mode: Optional[str], loss_scale: str) -> ascend.NpuDevice:
+    """An NPU to trace for, without one. Keras's loss scaling stands for the adapter's.
+
+    mode, loss_scale: as --precision_mode and --loss_scale.
+    """
+    tf.config.set_visible_devices([], "GPU")
     optimizer = types.SimpleNamespace(NpuLossScaleOptimizer=keras.mixed_precision.LossScaleOptimizer)
     adapter = types.SimpleNamespace(keep_dtype_scope=contextlib.nullcontext, train=types.SimpleNamespace(optimizer=optimizer))
     handle = types.SimpleNamespace(workers_num=1, worker_id=0, scope=contextlib.nullcontext)
-    return ascend.NpuDevice(adapter, handle, options.precision_mode or ascend.DEFAULT_MODE, options)
-
-
-def trace(config: pretraining.Config) -> Any:
-    """The ConcreteFunction of the training loop as it would be on one NPU, over one batch of black images."""
-    tf.config.set_visible_devices([], "GPU")
-    device = device_on_paper(config)
-    images = np.zeros((config.batch_size, config.image_size, config.image_size, 3), np.uint8)
-    loop_size = config.iterations_per_loop or config.log_every
-    learner = pretraining.Byol(config, device, total_steps=config.num_epochs, loop_size=loop_size)
-    batches = datasets.pretraining_batches(images, config.batch_size, config.seed, 0, 1)
-    return learner.train_loop.get_concrete_function(device.iterate(batches), tf.constant(loop_size))
+    return ascend.NpuDevice(adapter, handle, mode or ascend.DEFAULT_MODE, loss_scale)
 
 
 def read_operators(path: str) -> Set[str]:
@@ -242,19 +219,12 @@ def read_operators(path: str) -> Set[str]:
     return names
 
 
-def main() -> None:
-    config = commands.from_flags(Config)
-    if not config.check:
-        raise UserError("Give --check; this module's only command of its own is to check the training loop. See --help.")
-    supported = read_operators(config.npu_ops) if config.npu_ops else None
-    report = examine(trace(config), supported)
-    print("The training loop of %s, batch %d, for an NPU in %s, loss scale %s, traced by TensorFlow %s:"
-          % (config.encoder, config.batch_size, config.precision_mode or ascend.DEFAULT_MODE, config.loss_scale, tf.__version__))
-    print("  %d nodes of %d operators, %d While; names %s" % (sum(report.operators.values()), len(report.operators), report.whiles,
-                                                           "checked by %s" % config.npu_ops if supported else "not checked"))
-    for problem in report.problems:
-        print("  " + problem)
+def verdict(report: Report, checked_by: Optional[str]) -> str:
+    """What is told of a report, in lines that end in Yes or No. checked_by: the file of operators, None if there was none."""
+    lines = ["  %d nodes of %d operators, %d While; names %s" % (
+        sum(report.operators.values()), len(report.operators), report.whiles,
+        "checked by %s" % checked_by if checked_by else "not checked")]
+    lines += ["  " + problem for problem in report.problems]
     if report.problems:
-        print("No: an Ascend 910 would not take it whole, but as %s." % report.loop)
-        sys.exit(1)
-    print("Yes: by the adapter's rules it becomes one %s on an Ascend 910. Not tried on hardware." % report.loop)
+        return "\n".join(lines + ["No: an Ascend 910 would not take it whole, but as %s." % report.loop])
+    return "\n".join(lines + ["Yes: by the adapter's rules it becomes one %s on an Ascend 910. Not tried on hardware." % report.loop])

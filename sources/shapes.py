@@ -8,8 +8,8 @@ from typing import Dict, List, Tuple
 
 import numpy as np
 
-import image_files
 from commands import UserError
+from sources import image_files
 
 # Corners of the shapes that are polygons; each is later scaled to the wanted area, so their size here is
 # arbitrary.

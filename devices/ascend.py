@@ -11,8 +11,8 @@ import tensorflow as tf
 from absl import logging
 
 import commands
-import npu_config
 from commands import UserError
+from devices.base import Device
 
 # What an Ascend 910 can train in: it has no bfloat16, and force_fp16 is for inference.
 MODES = ("allow_fp32_to_fp16", "allow_mix_precision", "allow_mix_precision_fp16", "cube_fp16in_fp32out", "force_fp32",
@@ -27,14 +27,14 @@ class NoDeviceError(UserError):
     """There is no adapter, or it finds no NPU; --device auto goes on without."""
 
 
-class NpuDevice(npu_config.Device):
+class NpuDevice(Device):
     """One Ascend 910, and through HCCL the others that train with it.
 
     npu: the adapter's module; handle: what its open() gave; mode: one of MODES.
     """
 
-    def __init__(self, npu: Any, handle: Any, mode: str, options: npu_config.Options) -> None:
-        super().__init__("npu", options)
+    def __init__(self, npu: Any, handle: Any, mode: str, loss_scale: str = "auto") -> None:
+        super().__init__("npu", loss_scale)
         self.npu = npu
         self.handle = handle
         self.mode = mode
@@ -111,8 +111,11 @@ class NpuDevice(npu_config.Device):
             return iter(batches)
 
 
-def open_npu(options: npu_config.Options) -> NpuDevice:
-    """Options first, then open(), then as_default(). NoDeviceError if there is no NPU to be had, UserError for wrong settings."""
+def open_npu(options: Any) -> NpuDevice:
+    """The NPU that npu_config.Options ask for: options first, then open(), then as_default().
+
+    NoDeviceError if there is no NPU to be had, UserError for wrong settings.
+    """
     mode = options.precision_mode or DEFAULT_MODE
     if mode not in MODES:
         raise UserError("--precision_mode %s: an Ascend 910 trains in one of %s." % (mode, ", ".join(MODES)))
@@ -136,7 +139,7 @@ def open_npu(options: npu_config.Options) -> NpuDevice:
     except Exception as error:
         raise NoDeviceError("The NPU's adapter cannot open the device (%s); see `npu-smi info` and the files under "
                             "$HOME/ascend/log, or use --device cpu." % _one_line(error))
-    device = NpuDevice(npu, handle, mode, options)
+    device = NpuDevice(npu, handle, mode, options.loss_scale)
     if not device.is_chief:
         logging.set_verbosity(logging.ERROR)
     return device
@@ -189,7 +192,7 @@ def _adapter_version() -> Optional[str]:
         return None
 
 
-def _set_options(target: Any, options: npu_config.Options, mode: str) -> None:
+def _set_options(target: Any, options: Any, mode: str) -> None:
     """Set what we rely on, and only that: defaults differ between versions of the adapter, and so do the names it has."""
     target.precision_mode = mode
     target.graph_run_mode = 1
