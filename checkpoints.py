@@ -49,7 +49,9 @@ class Checkpoints:
     state: name -> trackable object (tf.Module, optimiser, Variable, History), all of it restored to the bit.
     """
 
-    def __init__(self, folder: str, state: Dict[str, Any], keep: int) -> None:
+    def __init__(self, folder: str, state: Dict[str, Any], history: History, keep: int) -> None:
+        state = dict(state, history=history)
+        os.makedirs(folder, exist_ok=True)
         self._folder = folder
         self._keep = keep
         self._checkpoint = tf.train.Checkpoint(**state)
@@ -103,6 +105,11 @@ class Checkpoints:
             raise UserError("None of the %d checkpoints in %s is whole; restore them from a copy, or start anew with "
                             "--noresume --overwrite." % (len(found), self._folder))
         return None
+
+
+def all_finite(variables: Any) -> bool:
+    """Whether all of them are finite."""
+    return all(bool(np.isfinite(variable.numpy()).all()) for variable in variables)
 
 
 def remove_unfinished(folder: str) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import gc
 import json
+import math
 import os
 import platform
 import re
@@ -20,7 +21,15 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Type
 
 from absl import app, flags, logging
 
+for number in range(3):  # a standard stream that is closed, as by >&-, leads nowhere: its number must not become a data file's
+    try:
+        os.fstat(number)
+    except OSError:
+        os.open(os.devnull, os.O_RDWR)
+sys.stdout, sys.stderr = (open(os.devnull, "w") if stream is None else stream for stream in (sys.stdout, sys.stderr))
+
 VERBOSE = "--verbose" in sys.argv
+NPU_SECTION = "For an Ascend NPU only"
 LOG_FORMAT = "%(levelname)s: %(message)s"
 # 0 shows everything that TensorFlow's C++ side says, 2 only its errors, and 3 not those of several lines either that it has
 # for a lost worker. A value set by the user wins.
@@ -53,19 +62,10 @@ def quiet_start() -> Iterator[None]:
             os.write(2, b"".join(line for line in held if not NOTICES.match(line)))
 
 
-@contextlib.contextmanager
-def signals_end_the_process() -> Iterator[None]:
-    """SIGTERM and Ctrl-C end the process at once and silently, even while C++ is at work, which lets no handler of Python's run."""
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT) if main}
-    ours = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
-    for number in ours:
-        signal.signal(number, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        for number, handler in ours.items():
-            signal.signal(number, handler)
+def end_silently_by_ctrl_c() -> None:
+    """Ctrl-C ends the process as SIGTERM does. Python would raise KeyboardInterrupt, which TensorFlow's C++ does not bear."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -76,7 +76,7 @@ def _starting() -> Iterator[None]:
         sys.stderr.write("Starting TensorFlow...")
     gc.disable()  # what an import makes stays: to look for garbage in it takes a fifth of the import, and again at the end
     try:
-        with quiet_start(), signals_end_the_process():
+        with quiet_start():
             yield
     finally:
         gc.freeze()
@@ -84,6 +84,10 @@ def _starting() -> Iterator[None]:
         if waiting:
             sys.stderr.write("\r\x1b[K")  # the line is empty again
 
+
+# Where Python was started with one of the commands beside this file, rather than with a program that imports them.
+if os.path.isfile(os.path.join(os.path.dirname(getattr(sys.modules["__main__"], "__file__", None) or "-"), "commands.py")):
+    end_silently_by_ctrl_c()
 
 with _starting():
     import tensorflow as tf
@@ -123,22 +127,38 @@ def define_flags(config: Type[Any]) -> None:
         if known["alias"]:
             flags.DEFINE_alias(known["alias"], field.name)
             names.append(known["alias"])
-        for name in names:  # so that --help of the command shows it
-            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+        for name in names:  # so that --help of the command shows it, those that only an NPU knows at its end
+            section = NPU_SECTION if known["text"].startswith("NPU: ") else sys.argv[0]
+            flags.FLAGS.register_key_flag_for_module(section, flags.FLAGS[name])
 
 
 def from_flags(config: Type[Config]) -> Config:
-    """The flags as the user set them, as one instance of the dataclass `config`."""
-    return config(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(config)})  # type: ignore[arg-type]
+    """The flags as the user set them, as one instance of the dataclass `config`. UserError as `check`."""
+    settings = config(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(config)})  # type: ignore[arg-type]
+    check(settings)
+    return settings
 
 
-def was_set(name: str) -> bool:
-    """Whether the user gave the flag `name` a value, rather than leave it at its default."""
-    return bool(flags.FLAGS[name].present)
+def check(settings: Any) -> None:
+    """UserError if a field of such a dataclass is not among its choices, not within its bounds, or not a finite number."""
+    for field in dataclasses.fields(settings):
+        value, known = getattr(settings, field.name), field.metadata
+        if value is None or not known:
+            continue
+        if known["choices"] and value not in known["choices"]:
+            raise UserError("--%s is %r; give one of %s." % (field.name, value, ", ".join(known["choices"])))
+        low, high = known["low"], known["high"]
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if not finite or low is not None and value < low or high is not None and value > high:
+            bounds = " and ".join("%s %g" % part for part in (("at least", low), ("at most", high)) if part[1] is not None)
+            raise UserError("--%s is %s; give a number%s." % (field.name, value, " of " + bounds if bounds else ""))
 
 
 def _parse(argv: List[str]) -> List[str]:
-    """absl's parser, with its complaints in one line."""
+    """absl's parser, with its complaints in one line, and with the NPU's flags at the end of --help."""
+    if {"--help", "-help", "-h", "--helpshort"} & set(argv[1:]):
+        print("%s\n\n%s\n\n%s" % (sys.modules["__main__"].__doc__, *map(flags.FLAGS.module_help, (argv[0], NPU_SECTION))))
+        sys.exit()
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
@@ -148,31 +168,27 @@ def _parse(argv: List[str]) -> List[str]:
 
 @contextlib.contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
-    """What the user can mend becomes one line on stderr and exit status 1; a signal becomes one with status 128 + its number."""
+    """What the user can mend becomes one line on stderr and exit status 1."""
     try:
-        with signals() as noted, noted.interrupting():
-            yield
+        yield
     except UserError as error:
         sys.exit("%s: %s" % (command, error))
     except OSError as error:
         # A full disk, a folder that became read-only, a file that vanished: its name and the reason are the whole story.
         where = " (%s)" % error.filename if error.filename else ""
         sys.exit("%s: %s%s" % (command, error.strerror or error, where))
-    except Interrupted as error:  # where a command has nothing to save
-        number = error.args[0]
-        print("%s: stopped by %s." % (command, "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name), file=sys.stderr)
-        sys.exit(128 + number)
 
 
 def run(main: Callable[[], Any]) -> None:
     """Run a command's `main` under absl, with `one_line_errors`."""
 
-    def guarded(argv: List[str]) -> Any:
+    def guarded(argv: List[str]) -> None:
         with one_line_errors(os.path.basename(argv[0])):
             if len(argv) > 1:
                 raise UserError("Unexpected argument %r: settings are given as --flag=value; see --help." % argv[1])
-            return main()
+            main()
 
+    end_silently_by_ctrl_c()
     logging.get_absl_handler().setFormatter(Formatter(LOG_FORMAT))
     with quiet_start():
         tf.config.list_physical_devices()  # which TensorFlow does in app.run anyway, not quietly
@@ -231,76 +247,46 @@ def make_folder(path: str) -> str:
     return path
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal, whose number this holds, came while `Signals.interrupting` was at work."""
+class Stopped(KeyboardInterrupt):
+    """A signal, whose number this holds, has ended a training between two steps; what it had reached is saved."""
 
 
-class Signals(List[int]):
-    """The numbers of the signals that have come."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._interrupts = False
-
-    @contextlib.contextmanager
-    def interrupting(self) -> Iterator[None]:
-        """For what is long and may be left undone: a signal raises Interrupted, and one that came before does so at once.
-
-        Where TensorFlow is at work, it is raised when that has returned: its C++ calls Python and takes for granted that nothing
-        is raised there. The process would crash, or go on as if nothing had come.
-        """
-        self.check()
-        self._interrupts = True
-        try:
-            yield
-            self.check()
-        finally:
-            self._interrupts = False
+class Signals:
+    """number: that of the first signal that has come, None until then."""
+    number = None  # type: Optional[int]
 
     def check(self) -> None:
-        """Raise Interrupted if a signal has come."""
-        if self:
-            raise Interrupted(self[0])
-
-    def note(self, number: int, frame: Any) -> None:
-        """The signals' handler. The next one of this number has its usual effect."""
-        self.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        if self._interrupts:
-            caller = _caller_of_tensorflow(frame)
-            if caller is None:
-                self.check()
-            else:  # its next line, its return or an exception in it comes when TensorFlow has returned
-                caller.f_trace = self._back
-                sys.settrace(lambda *_: None)
-
-    def _back(self, frame: Any, event: str, argument: Any) -> None:
-        """The trace function of TensorFlow's caller."""
-        sys.settrace(None)
-        if self._interrupts:
-            self.check()
-
-
-def _caller_of_tensorflow(frame: Any) -> Any:
-    """The innermost frame on the stack from which all of TensorFlow's own are called; None if there are none."""
-    caller = None
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").split(".")[0] in ("tensorflow", "tf_keras", "keras", "npu_device"):
-            caller = frame.f_back
-        frame = frame.f_back
-    return caller
+        """Raise Stopped if a signal has come."""
+        if self.number:
+            raise Stopped(self.number)
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[Signals]:
-    """SIGTERM and Ctrl-C are noted in what this gives, for a run to end in good order; a second one ends it at once."""
+def signals_noted() -> Iterator[Signals]:
+    """The signals that end a process are noted, for a run to end in good order; a second one has its usual effect.
+
+    They are those of Ctrl-C, kill, a closed terminal, and SIGUSR1, by which some schedulers warn. What is ignored stays so, as
+    SIGHUP under nohup. Outside of the main thread, where Python has no handlers, none is noted.
+    """
     noted = Signals()
-    before = {number: signal.signal(number, noted.note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {}  # type: Dict[int, Any]
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: Any) -> None:
+        noted.number = number
+        restore()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, note)
     try:
         yield noted
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()
 
 
 @contextlib.contextmanager

@@ -47,12 +47,13 @@ class Config(evaluation.Config):
                                  "graph, and embed nothing.")
 
 
-def main() -> None:
+def embed(config: Config) -> Dict[str, Any]:
+    """Compute the features of a data set: all that the command does. Gives the arrays of embeddings.npz, or with config.export
+    the names of the frozen graph's input and output. UserError for what the user can mend.
+    """
     started = time.time()
-    config = commands.from_flags(Config)
     if config.export:
-        _export(config, started)
-        return
+        return _export(config, started)
     if config.projection:
         for module, package in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
             if importlib.util.find_spec(module) is None:
@@ -81,6 +82,7 @@ def main() -> None:
             say("Wrote %s." % path)
     evaluation.write_result("embed", config, device, data, started, {
         "embeddings": number, "dimensions": content["features"].shape[1]})
+    return content
 
 
 def embeddings(encoder: Any, data: datasets.Data, parts: Sequence[str]) -> Dict[str, Any]:
@@ -175,7 +177,7 @@ def export(encoder: Any, image_size: int, folder: str) -> Dict[str, str]:
     return {"input": graph.inputs[0].name, "output": graph.outputs[0].name}
 
 
-def _export(config: Config, started: float) -> None:
+def _export(config: Config, started: float) -> Dict[str, str]:
     # On the CPU in float32, wherever it is to run: made on an NPU, it would hold the NPU's own operators.
     config = dataclasses.replace(config, device="cpu", precision_mode="must_keep_origin_dtype")
     assert config.export
@@ -188,8 +190,9 @@ def _export(config: Config, started: float) -> None:
         % (saved_model, saved_model, size, size))
     say("Wrote %s: input %s, output %s." % (os.path.join(config.export, "frozen.pb"), names["input"],
                                             names["output"]))
+    return names
 
 
 if __name__ == "__main__":
     commands.define_flags(Config)
-    commands.run(main)
+    commands.run(lambda: embed(commands.from_flags(Config)))

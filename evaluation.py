@@ -55,9 +55,9 @@ Say = Callable[[str], None]
 def start(config: Config) -> Tuple[Device, Any, Say]:
     """Open the device and load the encoder: (device, encoder, say), where say prints a line of progress.
 
-    Only the chief prints, and not under --quiet. UserError for weights, a device or a folder that cannot be
-    used.
+    Only the chief prints, and not under --quiet. UserError for settings, weights, a device or a folder that cannot be used.
     """
+    commands.check(config)
     logging.set_verbosity(logging.INFO if config.verbose else logging.WARNING)
     if not config.encoder_weights:
         raise UserError("--encoder_weights is missing: give a file that pretraining.py wrote, such as "
@@ -100,14 +100,15 @@ def load_data(config: Config, labelled: bool = True) -> Any:
 
 
 def write_result(name: str, config: Config, device: Device, data: datasets.Data, started: float,
-                 figures: Dict[str, Any]) -> None:
-    """Write result_<name>.json into output_dir: the figures, on which data, by which flags, in which time."""
+                 figures: Dict[str, Any]) -> Dict[str, Any]:
+    """Write result_<name>.json into output_dir: the figures, on which data, by which flags, in which time. Gives the figures."""
     if device.is_chief:
         about = {"seconds": time.time() - started, "device": device.describe(),
                  "config": dataclasses.asdict(config), "train_images": len(data.train_images),
                  "test_images": len(data.test_images), "classes": len(data.class_names)}
         path = os.path.join(config.output_dir, "result_%s.json" % name)
         commands.write_result(path, dict(figures, **about))
+    return figures
 
 
 @tf.function
@@ -118,16 +119,18 @@ def inference(encoder: Any, images: tf.Tensor) -> tf.Tensor:
     return tf.cast(encoder(images, training=False), tf.float32)
 
 
-def features(encoder: Any, images: Any, batch_size: int = 500) -> np.ndarray:
+def features(encoder: Any, images: Any, batch_size: int = 500, check: Callable[[], None] = lambda: None) -> np.ndarray:
     """What the encoder makes of images in inference mode: float32 (n, d), on the host.
 
-    images: (n, s, s, 3), uint8 or float in [0, 1], an array or what datasets.Data holds.
+    images: (n, s, s, 3), uint8 or float in [0, 1], an array or what datasets.Data holds. check: called between batches, to
+    raise what ends it early.
     The last batch is filled up with black images, so that one graph serves all. UserError if a feature is not
     finite.
     """
     batch_size = max(1, min(batch_size, len(images)))
     batches = []
     for first in range(0, len(images), batch_size):
+        check()
         batch = np.asarray(images[first:first + batch_size])
         filled = np.pad(batch, [(0, batch_size - len(batch))] + [(0, 0)] * 3, "constant")
         batches.append(inference(encoder, tf.constant(filled)))
@@ -173,9 +176,9 @@ def _normalised(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def knn_of_encoder(encoder: Any, data: Any) -> float:
-    """k-NN accuracy of an encoder on a labelled datasets.Data: test images by training images."""
-    train, test = features(encoder, data.train_images), features(encoder, data.test_images)
+def knn_of_encoder(encoder: Any, data: Any, check: Callable[[], None] = lambda: None) -> float:
+    """k-NN accuracy of an encoder on a labelled datasets.Data: test images by training images. check: as for `features`."""
+    train, test = (features(encoder, images, check=check) for images in (data.train_images, data.test_images))
     return knn_accuracy(train, data.train_labels, test, data.test_labels, len(data.class_names))
 
 

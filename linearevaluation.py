@@ -10,7 +10,7 @@ minutes instead of hours on a CPU.
 import dataclasses
 import functools
 import time
-from typing import Any, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import commands
 
@@ -50,9 +50,11 @@ class Config(evaluation.Config):
                                     "num_epochs.", low=1)
 
 
-def main() -> None:
+def evaluate(config: Config) -> Dict[str, Any]:
+    """Train a linear head on a frozen encoder: all that the command does. Gives the figures of result_linearevaluation.json:
+    test_accuracy, knn (with config.knn), loss, steps, seconds_of_training. UserError for what the user can mend.
+    """
     started = time.time()
-    config = commands.from_flags(Config)
     device, encoder, say = evaluation.start(config)
     data = evaluation.load_data(config)
     batch_size = evaluation.batch_size_for(config.batch_size, len(data.train_images), device, say)
@@ -91,11 +93,11 @@ def main() -> None:
     if config.knn:
         figures["knn"] = evaluation.knn_accuracy(plain, data.train_labels, test, data.test_labels,
                                                  len(data.class_names))
-    evaluation.write_result("linearevaluation", config, device, data, started, figures)
     if device.is_chief:
         if config.knn:
             print("k-NN Accuracy: %.4f" % figures["knn"])
         print("Test Accuracy: %.4f" % figures["test_accuracy"], flush=True)
+    return evaluation.write_result("linearevaluation", config, device, data, started, figures)
 
 
 Copies = List[Tuple[np.ndarray, np.ndarray]]
@@ -141,4 +143,4 @@ def cached_batches(copies: Copies, batch_size: int, seed: int, last_step: int, f
 
 if __name__ == "__main__":
     commands.define_flags(Config)
-    commands.run(main)
+    commands.run(lambda: evaluate(commands.from_flags(Config)))

@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import time
-from typing import Any, ContextManager, Dict, Optional, Sequence
+from typing import Any, ContextManager, Dict, Optional, Sequence, Tuple
 
 import numpy as np
 import tensorflow as tf
@@ -35,6 +35,7 @@ class Progress:
 
     def __init__(self, shown: bool = True, terminal: Optional[bool] = None) -> None:
         self._shown = shown
+        self.broken = False
         self._bar = None  # type: Any
         self._begun = self._waiting = False
         if shown and (sys.stdout.isatty() and sys.stderr.isatty() if terminal is None else terminal):
@@ -53,12 +54,16 @@ class Progress:
             self._bar = None
 
     def say(self, text: str) -> None:
-        """Print a line, above the bar if there is one."""
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
-        elif self._shown:
-            print(text, flush=True)
+        """Print a line, above the bar if there is one. If nobody reads stdout any more, `broken` tells."""
+        try:
+            if self._bar is not None:
+                self._bar.write(text, file=sys.stdout)
+                sys.stdout.flush()
+            elif self._shown:
+                print(text, flush=True)
+        except BrokenPipeError:
+            self.broken = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # also what Python flushes at its end
 
     def wait(self, what: str) -> None:
         """Tell what begins now and may take long, such as 'Reading the data set'. Off a terminal only --verbose does."""
@@ -145,6 +150,13 @@ def sheet_of_views(images: np.ndarray, seed: int, host: Optional[ContextManager[
         finally:
             tf.config.run_functions_eagerly(eagerly)
     return sheet([images] + [np.round(view * 255).astype(np.uint8) for view in views])
+
+
+def views_png(images: Any, seed: int, host: ContextManager[Any]) -> Tuple[bytes, int, int]:
+    """SHEET of the images, evenly chosen, with two views of each, as a PNG file's content; and its height and width."""
+    chosen = np.unique(np.arange(SHEET) * len(images) // SHEET)  # a folder is sorted by class
+    picture = sheet_of_views(images[chosen], seed, host)
+    return encode_png(picture, host), picture.shape[0], picture.shape[1]
 
 
 def sheet(rows: Sequence[np.ndarray], frames: Optional[Sequence[np.ndarray]] = None) -> np.ndarray:

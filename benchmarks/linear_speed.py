@@ -27,7 +27,6 @@ def measure(scale: Scale, settings: Dict[str, Any], verbose: bool) -> List[table
 
 def prepare(settings: Dict[str, Any]) -> Dict[str, Callable[..., Any]]:
     """The child's jobs: the true main of linearevaluation.py, and the encoder alone on ready batches."""
-    import commands
 
     # isort: split
 
@@ -48,7 +47,6 @@ def prepare(settings: Dict[str, Any]) -> Dict[str, Callable[..., Any]]:
                                      cached_features=True, output_dir=workers.scratch(), quiet=True)
     took = {"head": 0.0}
     evaluation.load_data = lambda *_, **__: data
-    commands.from_flags = lambda _: config
     train_head = evaluation.Classifier.train
 
     def timed_train(*args: Any) -> None:
@@ -74,7 +72,7 @@ def prepare(settings: Dict[str, Any]) -> Dict[str, Callable[..., Any]]:
 
     def linear() -> Dict[str, float]:
         began = time.perf_counter()
-        linearevaluation.main()
+        linearevaluation.evaluate(config)
         return {"seconds": time.perf_counter() - began, "head": took["head"], "images": total,
                 "parameters": models.count_parameters(encoder)}
 

@@ -39,7 +39,7 @@ def prepare(settings: Dict[str, Any]) -> Dict[str, Callable[..., Any]]:
         clock = Clock(began)
         clock.end("import")
         clock.around(pretraining.datasets, "load", before="device", after="data")
-        clock.around(pretraining.Run, "start", after="build")
+        clock.around(pretraining.runs.Run, "resume", after="build")
         compile_ = pretraining.Device.compile
         pretraining.Device.compile = lambda self, function: FirstStep(compile_(self, function), clock)
         with tempfile.TemporaryDirectory() as folder:

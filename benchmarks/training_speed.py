@@ -60,8 +60,9 @@ def prepare(settings: Dict[str, Any]) -> Dict[str, Callable[..., Any]]:
                                 num_epochs=STEPS_A_DAY * batch // len(data.train_images) + 1)
     device = npu_config.open_device(config)
     device.set_seed(0)
-    run = pretraining.Run(config, device, data, progress.Progress(shown=False))
-    run.start()
+    run = pretraining.runs.Run(config, device, data, progress.Progress(shown=False))
+    learner = pretraining.Byol(config, device, run.total_steps, run.loop_size)
+    run.resume(learner)
 
     def train(rounds: int) -> Dict[str, Any]:
         """Seconds a step of whole training and of the bare step, in turns; the first turn of each warms up."""
@@ -77,8 +78,8 @@ def prepare(settings: Dict[str, Any]) -> Dict[str, Callable[..., Any]]:
             while done < log_every:  # in calls as long as those of the run
                 began = time.perf_counter()
                 n = device.steps_a_call(log_every - done, seconds)
-                run.learner.train_loop(iterator, tf.constant(n))
-                run.learner.recent.numpy()
+                learner.train_loop(iterator, tf.constant(n))
+                learner.recent.numpy()
                 done += n
                 seconds = (time.perf_counter() - began) / n
 
@@ -93,8 +94,8 @@ def prepare(settings: Dict[str, Any]) -> Dict[str, Callable[..., Any]]:
 
         run.say = say
         run.last_step = (rounds + 1) * log_every
-        run.train()
-        traces = run.learner.train_loop.experimental_get_tracing_count()
+        pretraining.take_steps(learner, run, device, data)
+        traces = learner.train_loop.experimental_get_tracing_count()
         if traces != 1:
             raise RuntimeError("The loop was traced %d times, so the bare step is not the same." % traces)
         return {"whole": took["whole"][1:], "bare": took["bare"][1:], "precision": device.half or "float32"}
@@ -103,7 +104,7 @@ def prepare(settings: Dict[str, Any]) -> Dict[str, Callable[..., Any]]:
         seconds = []
         for _ in range(CHECKPOINTS):
             began = time.perf_counter()
-            run._save(run.step)
+            run._save()
             seconds.append(time.perf_counter() - began)
         return seconds
 

@@ -11,7 +11,6 @@ from typing import Any, Callable, ContextManager, Iterator, List, Optional, Sequ
 import tensorflow as tf
 from absl import logging
 
-import commands
 from commands import UserError
 from devices.base import Device
 from models import keras
@@ -188,8 +187,7 @@ def open_replicas(kind: str, gpus: Sequence[Any], options: Any, alone: bool) -> 
         if gpus:
             tf.config.set_visible_devices(gpus[:number], "GPU")
         try:
-            with commands.signals_end_the_process():  # it waits for the others
-                strategy = tf.distribute.MultiWorkerMirroredStrategy()
+            strategy = tf.distribute.MultiWorkerMirroredStrategy()  # waits for the others
         except LOST as error:
             logging.info("%s", error)
             raise UserError("Not all %d workers of TF_CONFIG came, so worker %d ends. Start all of them, within an hour."

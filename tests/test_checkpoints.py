@@ -14,6 +14,7 @@ import checkpoints
 import models
 import npu_config
 import pretraining
+import runs
 from commands import UserError
 from models import keras
 
@@ -373,29 +374,30 @@ def test_files_travel_between_the_tensorflows(tmp_path):
 @pytest.mark.parametrize("spread, warned", [(0.0, True), (0.004, True), (0.037, False), (0.07, False)])
 def test_a_collapse_is_warned_of_and_a_healthy_run_is_not(monkeypatch, tmp_path, spread, warned):
     messages = []
-    monkeypatch.setattr(pretraining.logging, "warning", lambda text, *values: messages.append(text % values))
+    monkeypatch.setattr(runs.logging, "warning", lambda text, *values: messages.append(text % values))
     config = pretraining.Config(device="cpu", batch_size=2, output_dir=str(tmp_path))
-    run = pretraining.Run(config, npu_config.open_device(config), SimpleNamespace(train_images=np.zeros((4, 8, 8, 3))),
+    run = runs.Run(config, npu_config.open_device(config), SimpleNamespace(train_images=np.zeros((4, 8, 8, 3))),
                           SimpleNamespace(say=lambda text: None))
     run.learner = SimpleNamespace(g_online=SimpleNamespace(features=128), f_online=models.ResNet18(1 / 16),
                                   schedule=lambda step: 0.0)
     run.curves = SimpleNamespace(scalars=lambda step, values: None)
     run.history.losses = [1.0]
-    run._log(1, np.array([[1.0], [spread]]), 0.1, 0.1)
+    run.step = 1
+    run._log(1.0, spread)
     assert bool(messages) == warned and all("collapse" in text and "step 1" in text for text in messages)
 
 
 def test_the_first_bad_loss_is_named_and_bad_weights_are_not_saved(tmp_path):
     config = pretraining.Config(device="cpu", batch_size=2, output_dir=str(tmp_path))
-    run = pretraining.Run(config, npu_config.open_device(config), SimpleNamespace(train_images=np.zeros((8, 8, 8, 3))),
+    run = runs.Run(config, npu_config.open_device(config), SimpleNamespace(train_images=np.zeros((8, 8, 8, 3))),
                           SimpleNamespace(say=lambda text: None))
     run.learner = SimpleNamespace(f_online=models.ResNet18(1 / 16))
-    run.history.losses = [1.0, 2.0]
-    run._check_finite(2)
-    run.history.losses += [float("nan"), float("inf")]
-    with pytest.raises(UserError, match="The loss of step 3 is nan"):
-        run._check_finite(4)
-    run.history.losses = [1.0]
+    run.history.losses, run.step, run.saved = [1.0, 2.0], 2, 2
+    run._check_finite()
+    run.history.losses, run.step = run.history.losses + [float("nan"), float("inf")], 4
+    with pytest.raises(UserError, match="The loss of step 3 is nan.*last good checkpoint is kept"):
+        run._check_finite()
+    run.history.losses, run.step, run.saved = [1.0], 1, 0
     run.learner.f_online.stem_norm.moving_mean.assign([np.nan] * 4)
-    with pytest.raises(UserError, match="The weights after step 1 are not finite"):
-        run._check_finite(1)
+    with pytest.raises(UserError, match="The weights after step 1 are not finite.*there was no checkpoint yet"):
+        run._check_finite()

@@ -1,65 +1,118 @@
-"""Signals, as every command has them."""
+"""What every command shares: signals, closed streams, the bounds of flags."""
+import dataclasses
+import math
 import os
 import signal
+import subprocess
 import sys
 import threading
-import time
+from typing import Optional
 
 import pytest
+from conftest import ROOT
 
 import commands
+import embed
+import finetuning
+import linearevaluation
+import pretraining
+from commands import UserError, flag
 
-# isort: split
-
-import tensorflow as tf
-
-
-@pytest.mark.parametrize("number, name", [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
-def test_a_signal_outside_of_the_training_is_one_line(capsys, number, name):
-    with pytest.raises(SystemExit) as status, commands.one_line_errors("some.py"):
-        os.kill(os.getpid(), number)
-        time.sleep(60)
-    assert status.value.code == 128 + number and capsys.readouterr().err == "some.py: stopped by %s.\n" % name
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
-@pytest.mark.parametrize("raises", [False, True])
-def test_a_signal_is_raised_where_tensorflow_has_returned(raises):
-    """Within, where C++ may have called Python, it can crash the process."""
-    done = []
-
-    def called():  # such as what tf.function traces
-        os.kill(os.getpid(), signal.SIGTERM)
-        done.append("own code within TensorFlow's")
-
-    names = {"__name__": "tensorflow.python.some", "called": called, "done": done}
-    exec("def inner():\n  called()\n  done.append('TensorFlow')\n  %s\ndef outer():\n  inner()\n"
-         % ("raise ValueError()" if raises else "return 1"), names)
-
-    def caller():
-        try:
-            names["outer"]()
-        except ValueError:
-            pass
-        done.append("what comes next")
-
-    with pytest.raises(commands.Interrupted) as error, commands.signals() as signals, signals.interrupting():
-        caller()
-        done.append("the caller's caller")
-    assert done == ["own code within TensorFlow's", "TensorFlow"] and error.value.args == (signal.SIGTERM,)
-    assert sys.gettrace() is None
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_signal_is_noted_and_a_second_one_has_its_usual_effect(number):
+    came = []
+    before = [signal.signal(number, lambda *_: came.append("usual")) for number in NUMBERS]
+    try:
+        usual = [signal.getsignal(number) for number in NUMBERS]
+        with commands.signals_noted() as signals:
+            signals.check()
+            os.kill(os.getpid(), number)
+            assert signals.number == number and not came
+            with pytest.raises(commands.Stopped) as error:
+                signals.check()
+            assert error.value.args == (number,) and isinstance(error.value, KeyboardInterrupt)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert came == ["usual"] and signals.number == number
+        assert [signal.getsignal(number) for number in NUMBERS] == usual
+    finally:
+        for number, handler in zip(NUMBERS, before):
+            signal.signal(number, handler)
 
 
-def test_signals_while_iterators_are_made_do_no_harm(monkeypatch):
-    """TensorFlow's C++ calls Python there, and its destructors may run anywhere."""
-    unraisable = []
-    monkeypatch.setattr(sys, "unraisablehook", unraisable.append, raising=False)
-    batches = tf.data.Dataset.range(10).map(lambda i: (i, {"next": i + 1})).batch(2)
-    for number in range(30):
-        with pytest.raises(commands.Interrupted), commands.signals() as signals, signals.interrupting():
-            timer = threading.Timer(number / 3000, os.kill, (os.getpid(), signal.SIGTERM))
-            timer.start()
-            end = time.time() + 60
-            while time.time() < end:
-                list(batches)
-        timer.join()
-    assert not unraisable
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with commands.signals_noted() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.number is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_outside_of_the_main_thread_handlers_stay_as_they_are():
+    before, found = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with commands.signals_noted() as signals:
+            found.append((signals.number, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [(None, before)]
+
+
+@pytest.mark.parametrize("command", ["pretraining.py", "report.py"])
+@pytest.mark.parametrize("closed, printed", [(">&-", False), ("2>&-", True), ("<&- >&- 2>&-", False)])
+def test_closed_streams_do_no_harm(command, closed, printed):
+    done = subprocess.run("exec %s %s --help %s" % (sys.executable, os.path.join(ROOT, command), closed), shell=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert (b"python " + command.encode() in done.stdout) == printed
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    rate: float = flag(0.5, "A rate.", low=0, high=1)
+    any_number: float = flag(0.5, "Any number.")
+    count: Optional[int] = flag(None, "A count.", low=1)
+    kind: str = flag("a", "A kind.", choices=("a", "b"))
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(rate=math.nan), "--rate is nan; give a number of at least 0 and at most 1"),
+    (dict(rate=math.inf), "--rate is inf"),
+    (dict(rate=1.5), "--rate is 1.5"),
+    (dict(rate=-0.1), "--rate is -0.1"),
+    (dict(any_number=math.nan), "--any_number is nan; give a number"),
+    (dict(any_number=-math.inf), "--any_number is -inf"),
+    (dict(count=0), "--count is 0; give a number of at least 1"),
+    (dict(kind="c"), "--kind is 'c'; give one of a, b"),
+])
+def test_values_out_of_bounds_are_named(settings, words):
+    commands.check(Settings())
+    with pytest.raises(UserError) as error:
+        commands.check(Settings(**settings))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", [pretraining.Config, linearevaluation.Config, finetuning.Config, embed.Config])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_float_flag_of_any_command_takes_what_is_no_number(config, value):
+    names = [field.name for field in dataclasses.fields(config) if isinstance(field.default, float)]
+    assert "width_multiplier" in names
+    for name in names:
+        with pytest.raises(UserError, match="--%s is" % name):
+            commands.check(config(**{name: value}))
+
+
+def test_flags_of_the_npu_are_at_the_end_of_the_help():
+    text = subprocess.run([sys.executable, os.path.join(ROOT, "pretraining.py"), "--help"], stdout=subprocess.PIPE,
+                          universal_newlines=True).stdout
+    common, npu = text.split(commands.NPU_SECTION)
+    for name in ("fusion_off_file", "mixlist_file", "hcom_parallel", "over_dump_path", "data_dump_step", "profiling"):
+        assert name in npu and name not in common, name
+    assert "--target_momentum" in common and "--target_momentum" not in npu

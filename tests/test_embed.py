@@ -10,7 +10,6 @@ import tensorflow as tf
 from command import run
 
 import checkpoints
-import commands
 import datasets
 import embed
 import evaluation
@@ -56,8 +55,7 @@ def main(monkeypatch, tmp_path, weights):
         defaults = dict(device="cpu", width_multiplier=1 / 16, encoder_weights=weights, dataset="shapes",
                         output_dir=str(tmp_path))
         config = embed.Config(**dict(defaults, **settings))
-        monkeypatch.setattr(commands, "from_flags", lambda kind: config)
-        embed.main()
+        embed.embed(config)
         if (tmp_path / "embeddings.npz").exists():
             return dict(np.load(str(tmp_path / "embeddings.npz"), allow_pickle=False))
 

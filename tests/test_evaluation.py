@@ -1,13 +1,9 @@
 """Features, nearest neighbours and the classifier's training, against plain recomputations."""
-import os
-import signal
-import time
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-import commands
 import evaluation
 import models
 import npu_config
@@ -203,23 +199,6 @@ def test_the_heads_training_is_adam_on_smoothed_cross_entropy(device, encoder):
 def test_a_loss_that_is_not_finite_stops_the_training(device, encoder):
     with pytest.raises(UserError, match="loss is nan after step 2"):
         make_classifier(device, encoder, rate=float("nan")).train(labelled_batches(2)[0], 2, 2, 2, print)
-
-
-def test_a_signal_ends_the_training(device, encoder, monkeypatch):
-    classifier, calls = make_classifier(device, encoder), []
-
-    def signalled(iterator, n):
-        calls.append(n)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
-
-    monkeypatch.setattr(classifier, "train_loop", signalled)
-    with pytest.raises(commands.Interrupted) as error, commands.signals() as signals, signals.interrupting():
-        classifier.train(labelled_batches(2)[0], 2, 2, 2, print)
-    assert error.value.args == (signal.SIGTERM,) and len(calls) == 1
-    with pytest.raises(SystemExit) as status, commands.one_line_errors("finetuning.py"):
-        raise error.value
-    assert status.value.code == 128 + signal.SIGTERM
 
 
 def test_a_batch_is_no_larger_than_the_data(device):

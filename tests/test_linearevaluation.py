@@ -8,7 +8,6 @@ import pytest
 from command import run
 
 import checkpoints
-import commands
 import datasets
 import evaluation
 import linearevaluation
@@ -40,10 +39,9 @@ def main(monkeypatch, tmp_path, weights):
         defaults = dict(device="cpu", width_multiplier=1 / 16, dataset="shapes", encoder_weights=weights,
                         output_dir=str(tmp_path), num_epochs=2, batch_size=50)
         config = linearevaluation.Config(**dict(defaults, **settings))
-        monkeypatch.setattr(commands, "from_flags", lambda kind: config)
         if data is not None:
             monkeypatch.setattr(datasets, "load", lambda *names, **sizes: data)
-        linearevaluation.main()
+        linearevaluation.evaluate(config)
         return json.loads((tmp_path / "result_linearevaluation.json").read_text())
 
     return call

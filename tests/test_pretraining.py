@@ -3,11 +3,11 @@ import json
 import os
 import re
 import signal
-import time
 import types
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from command import pretrain, run, start, wait_for
 
 import commands
@@ -16,6 +16,7 @@ import evaluation
 import npu_config
 import pretraining
 import progress
+import runs
 
 LINE = re.compile(r"^\[Epoch (\d+)/(\d+) Batch (\d+)/(\d+)\] Loss=(\d\.\d{5})\. Time=\d")
 
@@ -113,22 +114,27 @@ def test_a_signal_cuts_an_evaluation_short_and_the_resumed_run_makes_up_for_it(m
     images, labels = np.zeros((64, 32, 32, 3), np.uint8), np.zeros(64, np.int64)
     data = datasets.Data(images, labels, images, labels, ("none",))
     config = pretraining.Config(device="cpu", batch_size=32, num_epochs=2, knn_every=1)
-    run = pretraining.Run(config, npu_config.open_device(config), data, progress.Progress(shown=False))
-    run.learner, run.device.worker_id = types.SimpleNamespace(f_online=None), 1  # not the chief: nothing is written
+    device = npu_config.open_device(config)
+    device.worker_id = 1  # not the chief: nothing is written
+    run = runs.Run(config, device, data, progress.Progress(shown=False))
+    run.learner, run.step = types.SimpleNamespace(f_online=None), 2
+    batches = []
 
-    def signalled(*_):
+    def signalled(encoder, images):
+        batches.append(len(images))
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
+        return tf.zeros([len(images), 4])
 
-    monkeypatch.setattr(evaluation, "knn_of_encoder", signalled)
-    began = time.time()
-    with commands.signals() as run.signals:
-        run._evaluate_knn(2)
-        run._evaluate_knn(2)  # nor is it begun after a signal
-    assert run.signals == [signal.SIGTERM] and time.time() - began < 30 and not run.history.knn
+    with monkeypatch.context() as patch, commands.signals_noted() as run.signals:
+        patch.setattr(evaluation, "inference", signalled)
+        run.data = data._replace(train_images=np.zeros((3000, 32, 32, 3), np.uint8))
+        run._evaluate_knn()
+        assert batches == [500]  # the other five are left out
+        run._evaluate_knn()  # nor is it begun after a signal
+    assert batches == [500] and run.signals.number == signal.SIGTERM and not run.history.knn
 
-    run.signals = commands.Signals()
+    run.signals, run.data = commands.Signals(), data
     monkeypatch.setattr(evaluation, "knn_of_encoder", lambda *_: 0.5)
-    for step in (2, 2, 3):  # an epoch's end, again, and in mid-epoch
-        run._evaluate_knn(step)
+    for run.step in (2, 2, 3):  # an epoch's end, again, and in mid-epoch
+        run._evaluate_knn()
     assert run.history.knn == [{"epoch": 1, "step": 2, "accuracy": 0.5}]
