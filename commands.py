@@ -276,6 +276,8 @@ def signals_noted() -> Iterator[Signals]:
             signal.signal(number, handler)
 
     def note(number: int, frame: Any) -> None:
+        if noted.number:  # both came before Python could look
+            os.kill(os.getpid(), number)
         noted.number = number
         restore()
 

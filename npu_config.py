@@ -14,7 +14,7 @@ import commands  # before TensorFlow, whose start it quiets
 
 from absl import logging
 
-from commands import flag
+from commands import UserError, flag
 from devices import host
 from devices.base import Device
 
@@ -76,8 +76,12 @@ def open_device(options: Options, alone: bool = False) -> Device:
     for name in NPU_FLAGS:
         if getattr(options, name):
             logging.warning("--%s has no effect without an NPU.", name)
-    with commands.quiet_start():
-        return host.open_host(options, alone)
+    try:
+        with commands.quiet_start():
+            return host.open_host(options, alone)
+    except RuntimeError as error:  # as in a notebook: some settings must come before TensorFlow's first operation
+        raise UserError("--device and --num_devices cannot be changed where TensorFlow is at work already (%s); start Python anew."
+                        % " ".join(str(error).split()).rstrip("."))
 
 
 if __name__ == "__main__":

@@ -102,9 +102,11 @@ alone() { # Run a command as the only process of its training, whatever the envi
     env -u RANK_SIZE -u RANK_ID -u RANK_TABLE_FILE -u CM_WORKER_SIZE -u CM_CHIEF_IP "$@"
 }
 
-pretrain_alone() {
-    alone "$python" "${pretraining[@]}" "$@" 2>&1 | tee "$output/train_$ASCEND_DEVICE_ID.log" ||
-        fail "pretraining failed; its output is in $output/train_$ASCEND_DEVICE_ID.log." $?
+pretrain_alone() { # A signal to all ends the training, which still prints and saves then, but not tee.
+    local code=0
+    alone "$python" "${pretraining[@]}" "$@" 2>&1 | (trap '' INT TERM HUP && exec tee "$output/train_$ASCEND_DEVICE_ID.log") || code=$?
+    [ $code -lt 129 ] || fail "stopped; the same command goes on from where it was." $code
+    [ $code -eq 0 ] || fail "pretraining failed; its output is in $output/train_$ASCEND_DEVICE_ID.log." $code
 }
 
 evaluate_linearly() { # Print the accuracy of a linear head on the newest weights.

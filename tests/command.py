@@ -116,7 +116,7 @@ def completed(process):
 
 def steps_done(folder):
     """The step of the newest finished checkpoint of a run, 0 if there is none."""
-    return max([0] + [int(path.name.split("-")[1].split(".")[0]) for path in (folder / "checkpoints").glob("ckpt-*.sha256.json")])
+    return max([0] + [int(path.name.split("-")[1].split(".")[0]) for path in (folder / "checkpoints").glob("ckpt-*.json")])
 
 
 def wait_for(condition, process, seconds=240):
