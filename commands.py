@@ -271,15 +271,11 @@ def signals_noted() -> Iterator[Signals]:
     noted = Signals()
     before = {}  # type: Dict[int, Any]
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
     def note(number: int, frame: Any) -> None:
-        if noted.number:  # both came before Python could look
+        signal.signal(number, before[number])
+        if noted.number:  # one of another kind, perhaps before Python could look for the first
             os.kill(os.getpid(), number)
-        noted.number = number
-        restore()
+        noted.number = noted.number or number
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -288,7 +284,8 @@ def signals_noted() -> Iterator[Signals]:
     try:
         yield noted
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
