@@ -1,4 +1,4 @@
-"""Figures with their spread, goals with their verdicts, and the table and JSON that show them."""
+"""Figures with their range, goals with their verdicts, and the table and JSON that show them."""
 import json
 import statistics
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
@@ -34,14 +34,14 @@ class Row(NamedTuple):
 
 
 def figure(values: Sequence[float]) -> Figure:
-    """Median and spread of the values of all rounds; ValueError if there are none."""
+    """Median and range of the values of all rounds; ValueError if there are none."""
     if not values:
         raise ValueError("A figure needs at least one value")
     return Figure(statistics.median(values), min(values), max(values), len(values))
 
 
 def ratios(values: Sequence[float], others: Sequence[float]) -> Figure:
-    """The median of the values by that of the others; the spread is that of the rounds' own ratios.
+    """The median of the values by that of the others; the range is that of the rounds' own ratios.
 
     The median of the rounds' ratios would vary more from run to run, where a machine is disturbed for less than a round.
     """
@@ -83,7 +83,7 @@ def goal(row: Row) -> str:
 def markdown(rows: Sequence[Row], about: Sequence[str]) -> str:
     """The whole report: what it was measured on, the table, and the notes below it."""
     lines = [BEGIN] + ["%s  " % line for line in about] + [""]
-    lines += ["| what | measured | compared with | ratio or figure (spread) | goal | verdict |", "|---|---|---|---|---|---|"]
+    lines += ["| what | measured | compared with | ratio or figure (range) | goal | verdict |", "|---|---|---|---|---|---|"]
     notes = []  # type: List[str]
     for row in rows:
         what = row.what
