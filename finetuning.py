@@ -25,6 +25,7 @@ from absl import logging
 import checkpoints
 import datasets
 import evaluation
+import models
 import schedules
 from commands import UserError, flag
 
@@ -77,13 +78,15 @@ def finetune(config: Config) -> Dict[str, Any]:
     classifier = evaluation.Classifier(device, encoder, encoder.features, len(data.class_names), rate,
                                        config.label_smoothing, frozen=config.freeze)
     classifier.train(batches, last_step, total_steps, steps_per_epoch, say)
-    if device.is_chief:
-        checkpoints.save_weights(classifier.head, os.path.join(config.output_dir, "c_finetuned.h5"))
-        if not config.freeze:
-            checkpoints.save_weights(encoder, os.path.join(config.output_dir, "f_finetuned.h5"))
-
     say("Classifying %d test images..." % len(data.test_images))
-    logits = classifier.logits(evaluation.features(encoder, data.test_images))
+    # From scratch, BatchNorm's statistics started from 0 and 1; those of a file are of its training.
+    updates = last_step if config.encoder_weights == "none" and not config.freeze else 0
+    with models.settled(encoder, updates):
+        if device.is_chief:
+            checkpoints.save_weights(classifier.head, os.path.join(config.output_dir, "c_finetuned.h5"))
+            if not config.freeze:
+                checkpoints.save_weights(encoder, os.path.join(config.output_dir, "f_finetuned.h5"))
+        logits = classifier.logits(evaluation.features(encoder, data.test_images))
     counts = confusion(data.test_labels, logits.argmax(axis=1), len(data.class_names))
     figures = {"test_accuracy": evaluation.top_k_accuracy(logits, data.test_labels, 1), "labels": len(labels),
                "loss": float(classifier.loss.numpy()), "steps": last_step, "epochs": num_epochs,

@@ -3,9 +3,13 @@
 Keras 2 throughout: the NPU adapter is bound to TensorFlow 2.6.5, whose Keras is Keras 2, and on current TensorFlow the
 package tf-keras is the same API. This module decides which one is imported; every other says `from models import keras`.
 """
-from typing import Any, Tuple
+import contextlib
+from typing import Any, Iterator, Tuple
 
+import numpy as np
 import tensorflow as tf
+
+NEGLIGIBLE = 2.0 ** -64  # a start's share in moving statistics that changes no digit of them, in float32
 
 
 def _keras2() -> Any:
@@ -153,6 +157,30 @@ class ClassificationHead(keras.Model):
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
         return self.logits(inputs)
+
+
+@contextlib.contextmanager
+def settled(network: Any, updates: int) -> Iterator[None]:
+    """Inside, BatchNorm's moving statistics of the network are without the share of the values 0 and 1 that they started from.
+
+    updates: how often they were updated since, 0 for a network that was not trained. After n updates with momentum m the start's
+    share is m^n: it would swamp the stem's variance, of about 0.01, for some 700 updates. What is left is divided by 1 - m^n, as
+    Adam does with its averages (arXiv:1412.6980, section 3). Training goes on with the statistics as they were, to the bit; after
+    some 10,000 updates there is nothing to take out. Weights of another origin than a start from 0 and 1 are not for this.
+    """
+    before = []
+    for norm in [layer for layer in network.submodules if isinstance(layer, keras.layers.BatchNormalization)]:
+        share = norm.momentum ** updates
+        if NEGLIGIBLE < share < 1:
+            for statistic, start in ((norm.moving_mean, 0.0), (norm.moving_variance, 1.0)):
+                before.append((statistic, statistic.numpy()))
+                without = (before[-1][1].astype(np.float64) - share * start) / (1 - share)
+                statistic.assign(np.maximum(without, 0) if start else without)
+    try:
+        yield
+    finally:
+        for statistic, value in before:
+            statistic.assign(value)
 
 
 def count_parameters(network: Any) -> int:

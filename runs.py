@@ -10,7 +10,7 @@ import os
 import signal
 import time
 import zlib
-from typing import Any, Iterator, Optional, Tuple
+from typing import Any, ContextManager, Iterator, Optional, Tuple
 
 import commands  # before TensorFlow, whose start it quiets
 
@@ -22,6 +22,7 @@ from absl import logging
 import checkpoints
 import datasets
 import evaluation
+import models
 import progress
 from commands import UserError
 from devices.base import Device
@@ -127,7 +128,8 @@ class Run:
                 png, height, width = progress.views_png(self.data.train_images, self.config.seed, self.device.host())
                 commands.write_atomically(self.path("views.png"), png)
                 self.curves.image(0, "views", png, height, width)
-        self._evaluate_knn()
+        with self._settled():
+            self._evaluate_knn()
         self.since = time.time()
 
     # Between two calls of the loop
@@ -166,11 +168,16 @@ class Run:
         if batch == self.steps_per_epoch or self.step % self.config.save_checkpoints_steps == 0:
             self._check_finite()
             if batch == self.steps_per_epoch:
-                if epoch % self.config.save_every == 0 or self.step == self.last_step:
-                    self._save_weights("f_online_%d.h5" % epoch)
-                self._evaluate_knn()
+                with self._settled():
+                    if epoch % self.config.save_every == 0 or self.step == self.last_step:
+                        self._save_weights("f_online_%d.h5" % epoch)
+                    self._evaluate_knn()
             self._save()
             self.since, self.logged = time.time(), self.step
+
+    def _settled(self) -> ContextManager[None]:
+        """For what is evaluated or saved: each step has updated the statistics of BatchNorm twice, once for each view."""
+        return models.settled(self.learner.f_online, 2 * self.step)
 
     def _epoch_and_batch(self) -> Tuple[int, int]:
         """Of the step that was taken last, both counted from 1."""
@@ -258,7 +265,8 @@ class Run:
         if self.step and not self._stopped():  # the end, of all epochs or that --max_steps asked for
             name = "f_online_step_%d.h5" % self.step if batch else "f_online_%d.h5" % epoch
             if not os.path.exists(self.path(name)):
-                self._save_weights(name)
+                with self._settled():
+                    self._save_weights(name)
         self.device.gather(0)  # wait for all workers: one that has left would be taken for dead
         if self.signals.number:
             self.say("Stopped by %s at step %d; the same command goes on from there."

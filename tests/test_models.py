@@ -104,3 +104,40 @@ def test_a_narrow_encoder_has_a_gradient_at_an_odd_batch_size():
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum(encoder(tf.random.stateless_uniform((25, 32, 32, 3), [1, 2]), training=True))
     assert all(gradient is not None for gradient in tape.gradient(loss, encoder.trainable_weights))
+
+
+def statistics(network):
+    return [value.numpy() for layer in network.submodules if isinstance(layer, keras.layers.BatchNormalization)
+            for value in (layer.moving_mean, layer.moving_variance)]
+
+
+@pytest.mark.parametrize("updates", [1, 3, 200])
+def test_settled_statistics_are_those_of_the_batches_alone(updates):
+    """An average over updates by one and the same batch is that batch's, whatever it started from."""
+    network, wanted = models.ResNet18(1 / 16), models.ResNet18(1 / 16)
+    wanted.set_weights(network.get_weights())
+    x = tf.random.stateless_uniform([8, 8, 8, 3], (1, 2))
+    for layer in wanted.submodules:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = 0.0  # its statistics are those of the last batch
+    wanted(x, training=True)
+    step = tf.function(lambda: network(x, training=True))
+    for _ in range(updates):
+        step()
+    before = statistics(network)
+    with models.settled(network, updates):
+        for found, expected in zip(statistics(network), statistics(wanted)):
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=2e-4)
+    for found, expected in zip(statistics(network), before):
+        np.testing.assert_array_equal(found, expected)
+    assert not np.allclose(before[1], statistics(wanted)[1], rtol=0.1)
+
+
+@pytest.mark.parametrize("updates", [0, 10000, 10 ** 9])
+def test_statistics_without_a_start_to_take_out_stay_to_the_bit(updates):
+    network = models.ResNet18(1 / 16)
+    network(tf.random.stateless_uniform([8, 8, 8, 3], (1, 2)), training=True)
+    before = statistics(network)
+    with models.settled(network, updates):
+        for found, expected in zip(statistics(network), before):
+            np.testing.assert_array_equal(found, expected)
