@@ -148,9 +148,11 @@ def check(settings: Any) -> None:
         if known["choices"] and value not in known["choices"]:
             raise UserError("--%s is %r; give one of %s." % (field.name, value, ", ".join(known["choices"])))
         low, high = known["low"], known["high"]
+        if isinstance(value, int) and high is None:
+            high = 2 ** 31 - 1  # TensorFlow's counters have 64 bits, and a run has many steps an epoch
         finite = not isinstance(value, float) or math.isfinite(value)
         if not finite or low is not None and value < low or high is not None and value > high:
-            bounds = " and ".join("%s %g" % part for part in (("at least", low), ("at most", high)) if part[1] is not None)
+            bounds = " and ".join("%s %s" % part for part in (("at least", low), ("at most", high)) if part[1] is not None)
             raise UserError("--%s is %s; give a number%s." % (field.name, value, " of " + bounds if bounds else ""))
 
 

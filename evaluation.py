@@ -32,14 +32,14 @@ SIMILARITIES = 1 << 25  # similarities in memory at a time: 128 MiB
 class Config(npu_config.Options):
     """The settings of every command that works with a saved encoder: all are flags, saved with the result."""
     encoder: str = flag("resnet18", "The encoder f.", choices=sorted(models.ENCODERS))
-    width_multiplier: float = flag(1.0, "The width that the encoder was made with.", low=1 / 64)
+    width_multiplier: float = flag(1.0, "The width that the encoder was made with.", low=1 / 64, high=8)
     encoder_weights: Optional[str] = flag(None, "The encoder's weights, as pretraining.py writes them "
                                           "(f_online_200.h5); none: random ones, to compare with.")
     dataset: str = flag("cifar10", "The images. shapes is made by the program and needs no files; folder is "
                         "a folder of images.", choices=datasets.NAMES)
     data_dir: Optional[str] = flag(None, "Where the data set lies: CIFAR's batches folder or .tar.gz, or a "
                                    "folder of images.", alias="data_path")
-    image_size: int = flag(32, "Height and width of the images (reference: 32).", low=8)
+    image_size: int = flag(32, "Height and width of the images (reference: 32).", low=8, high=1024)
     test_fraction: float = flag(0.1, "Of a folder without train/ and test/: the part kept for testing.",
                                 low=0, high=0.9)
     output_dir: str = flag(".", "Where results go.", alias="model_dir")

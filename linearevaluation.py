@@ -33,7 +33,7 @@ LAST_RATE = 0.01
 @dataclasses.dataclass(frozen=True)
 class Config(evaluation.Config):
     """The settings of a linear evaluation: each is a flag, saved with the result."""
-    num_epochs: int = flag(50, "Epochs to train the head (reference: 50).", low=1)
+    num_epochs: int = flag(50, "Epochs to train the head (reference: 50).", low=1, high=1000)
     batch_size: int = flag(512, "Images a step, over all devices (reference: 512).", low=1)
     learning_rate: float = flag(5e-2, "Of Adam at the start; it falls to a hundredth of it (reference: 5e-2 "
                                 "to 5e-4, power 2).", low=0)

@@ -38,12 +38,12 @@ from devices.base import Device
 class Config(npu_config.Options):
     """The settings of a run: each is a flag, and all are saved as config.json."""
     encoder: str = flag("resnet18", "The encoder f (reference and ModelZoo).", choices=sorted(models.ENCODERS))
-    width_multiplier: float = flag(1.0, "Scales the encoder's filters; 0.25 makes it sixteen times cheaper.", low=1 / 64)
+    width_multiplier: float = flag(1.0, "Scales the encoder's filters; 0.25 makes it sixteen times cheaper.", low=1 / 64, high=8)
     dataset: str = flag("cifar10", "What to train on. shapes is made by the program and needs no files; folder is a folder of "
                         "images.", choices=datasets.NAMES)
     data_dir: Optional[str] = flag(None, "Where the data set lies: CIFAR's batches folder or .tar.gz, or a folder of images.",
                                    alias="data_path")
-    image_size: int = flag(32, "Height and width of the images (reference: 32).", low=8)
+    image_size: int = flag(32, "Height and width of the images (reference: 32).", low=8, high=1024)
     test_fraction: float = flag(0.1, "Of a folder without train/ and test/: the part kept for testing.", low=0, high=0.9)
     output_dir: str = flag(".", "Where results go.", alias="model_dir")
     num_epochs: int = flag(200, "Epochs to train (ModelZoo README: 200).", low=1)

@@ -90,6 +90,7 @@ class Settings:
     (dict(any_number=math.nan), "--any_number is nan; give a number"),
     (dict(any_number=-math.inf), "--any_number is -inf"),
     (dict(count=0), "--count is 0; give a number of at least 1"),
+    (dict(count=10 ** 20), "--count is 100000000000000000000; give a number of at least 1 and at most 2147483647"),
     (dict(kind="c"), "--kind is 'c'; give one of a, b"),
 ])
 def test_values_out_of_bounds_are_named(settings, words):
