@@ -4,6 +4,7 @@ Networks run inside tf.function, where an NPU computes; what follows from featur
 in NumPy, in float32 on any device. Also what the commands share that work with a saved encoder: their flags,
 and how they start and end.
 """
+import contextlib
 import dataclasses
 import os
 import time
@@ -180,6 +181,25 @@ def knn_of_encoder(encoder: Any, data: Any, check: Callable[[], None] = lambda: 
     """k-NN accuracy of an encoder on a labelled datasets.Data: test images by training images. check: as for `features`."""
     train, test = (features(encoder, images, check=check) for images in (data.train_images, data.test_images))
     return knn_accuracy(train, data.train_labels, test, data.test_labels, len(data.class_names))
+
+
+@contextlib.contextmanager
+def statistics_of(encoder: Any, images: Any, batches: int = 20, batch_size: int = 256) -> Iterator[None]:
+    """Inside, BatchNorm's moving statistics of the encoder are those of some of these images, uint8 (n, s, s, 3), as for features.
+
+    For an encoder that was never trained, whose statistics are still 0 and 1: its BatchNorm does nothing in inference mode.
+    """
+    before = [(weight, weight.numpy()) for weight in encoder.non_trainable_weights]
+    forward = tf.function(lambda images: tf.reduce_sum(encoder(tf.cast(images, tf.float32) / 255.0, training=True)))
+    for batch in range(batches):
+        chosen = (batch + batches * np.arange(batch_size)) * len(images) // (batches * batch_size)  # a folder is sorted by class
+        forward(tf.constant(np.asarray(images[chosen])))
+    try:
+        with models.settled(encoder, batches):
+            yield
+    finally:
+        for weight, value in before:
+            weight.assign(value)
 
 
 class Classifier(tf.Module):

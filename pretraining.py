@@ -27,6 +27,7 @@ import models
 import npu_config
 import optimizers
 import progress
+import recipes
 import runs
 import schedules
 from commands import UserError, flag
@@ -35,8 +36,8 @@ from devices.base import Device
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(npu_config.Options):
-    """The settings of a run: each is a flag, and all are saved as config.json."""
+class Config(recipes.Recipe, npu_config.Options):
+    """The settings of a run: each is a flag, and all are saved as config.json. Those of the method are in recipes.py."""
     encoder: str = flag("resnet18", "The encoder f (reference and ModelZoo).", choices=sorted(models.ENCODERS))
     width_multiplier: float = flag(1.0, "Scales the encoder's filters; 0.25 makes it sixteen times cheaper.", low=1 / 64, high=8)
     dataset: str = flag("cifar10", "What to train on. shapes is made by the program and needs no files; folder is a folder of "
@@ -48,13 +49,6 @@ class Config(npu_config.Options):
     output_dir: str = flag(".", "Where results go.", alias="model_dir")
     num_epochs: int = flag(200, "Epochs to train (ModelZoo README: 200).", low=1)
     batch_size: int = flag(512, "Images a step, over all devices (reference: 512).", low=2)
-    learning_rate: float = flag(1e-3, "For a batch of 512; scaled by batch_size / 512 (reference: 0.001).", low=0)
-    lr_schedule: str = flag("cosine", "cosine to 0 over the run (ModelZoo README), or constant (reference).",
-                            choices=sorted(schedules.LEARNING_RATES))
-    momentum: float = flag(0.9, "Adam's beta_1 (ModelZoo README: 0.9).", low=0, high=0.9999)
-    weight_decay: float = flag(1e-4, "Decoupled, on kernels only, times the learning rate (ModelZoo README: 1e-4; reference: 0).",
-                               low=0)
-    target_momentum: float = flag(0.99, "The target keeps this much of itself at each step (reference: 0.99).", low=0, high=1)
     save_every: int = flag(100, "Epochs between weight files (reference: 100); one is written at the end as well.", low=1)
     log_every: int = flag(10, "Batches between log lines (reference: 10).", low=1, alias="log_step_count_steps")
     iterations_per_loop: Optional[int] = flag(
@@ -89,7 +83,7 @@ class Byol(tf.Module):
         self._device = device
         make_encoder = functools.partial(models.ENCODERS[config.encoder], config.width_multiplier, norm=device.batch_norm,
                                          conv=device.convolution)
-        make_head = functools.partial(models.ProjectionHead, norm=device.batch_norm)
+        make_head = functools.partial(models.ProjectionHead, config.head_hidden, config.head_features, norm=device.batch_norm)
         base = schedules.scaled_learning_rate(config.learning_rate, config.batch_size)
         self.schedule = functools.partial(schedules.LEARNING_RATES[config.lr_schedule], base=base, total_steps=total_steps)
         with device.scope():

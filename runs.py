@@ -233,12 +233,17 @@ class Run:
         self.shown.wait("Evaluating the encoder by k-NN on %d test images" % len(self.data.test_images))
         try:
             accuracy = evaluation.knn_of_encoder(self.learner.f_online, self.data, self.signals.check)
+            besides = ""
+            if self.step == 0:
+                with evaluation.statistics_of(self.learner.f_online, self.data.train_images):
+                    besides = " (%.4f with BatchNorm's statistics of these images)" % evaluation.knn_of_encoder(
+                        self.learner.f_online, self.data, self.signals.check)
         except commands.Stopped:  # the run that goes on from here makes up for it
             return
         self.history.knn.append({"epoch": epoch, "step": self.step, "accuracy": accuracy})
         if self.device.is_chief:
             self.curves.scalars(self.step, {"knn_accuracy": accuracy})
-        self.say("[Epoch %d/%d] k-NN accuracy=%.4f" % (epoch, self.config.num_epochs, accuracy))
+        self.say("[Epoch %d/%d] k-NN accuracy=%.4f%s" % (epoch, self.config.num_epochs, accuracy, besides))
 
     def _save(self) -> None:
         """Checkpoint, losses and figures, as of this step."""

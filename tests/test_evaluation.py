@@ -201,6 +201,16 @@ def test_a_loss_that_is_not_finite_stops_the_training(device, encoder):
         make_classifier(device, encoder, rate=float("nan")).train(labelled_batches(2)[0], 2, 2, 2, print)
 
 
+def test_statistics_of_images_are_there_inside_only(device):
+    encoder = models.ResNet18(1 / 16)
+    images = np.random.RandomState(0).randint(0, 256, (100, 16, 16, 3)).astype(np.uint8)
+    stem = encoder.stem_conv(tf.constant(images / np.float32(255)))
+    with evaluation.statistics_of(encoder, images, batches=3, batch_size=100):
+        np.testing.assert_allclose(encoder.stem_norm.moving_mean, tf.reduce_mean(stem, (0, 1, 2)), rtol=0, atol=0.01)
+        np.testing.assert_allclose(encoder.stem_norm.moving_variance, tf.math.reduce_variance(stem, (0, 1, 2)), rtol=0.05)
+    assert (encoder.stem_norm.moving_mean.numpy() == 0).all() and (encoder.stem_norm.moving_variance.numpy() == 1).all()
+
+
 def test_a_batch_is_no_larger_than_the_data(device):
     said = []
     assert evaluation.batch_size_for(8, 20, device, said.append) == 8 and not said
