@@ -81,27 +81,29 @@ def _spread(images: Images, labels: Optional[np.ndarray], files: Tuple[str, ...]
     return images[chosen], None if labels is None else labels[chosen], chosen_files
 
 
-def pretraining_batches(images: Any, batch_size: int, seed: int, first_step: int, last_step: int,
-                        first: int = 0, rows: Optional[int] = None) -> tf.data.Dataset:
-    """Two views of the batch of each of the steps first_step..last_step - 1 of a run.
+def pretraining_batches(images: Any, batch_size: int, seed: int, first_step: int, last_step: int, first: int = 0,
+                        rows: Optional[int] = None, views: augmentation.Views = augmentation.Views(),
+                        number_of_views: int = 2) -> tf.data.Dataset:
+    """Two or more views of the batch of each of the steps first_step..last_step - 1 of a run.
 
-    Gives pairs of float32 (rows, s, s, 3) in [0, 1], of static shapes. An epoch has n // batch_size steps, in
-    a fresh order; the images that are left over are dropped.
+    Gives tuples of float32 (rows, s, s, 3), in [0, 1] if not normalised, of static shapes. An epoch has n // batch_size
+    steps, in a fresh order; the images that are left over are dropped.
     images: uint8 (n, s, s, 3), as in Data.
     seed: an integer of 64 bits.
     first, rows: make only these rows of each batch (default all), as one of several workers; together they
     make the same views as one would.
+    views, number_of_views: how they are made, and how many, at least 2. The first two are the same whatever the number.
     Raises UserError if the batch is larger than the data set, ValueError if the rows are not within it.
     """
     pixels = _on_host(images)
     rows = batch_size - first if rows is None else rows
 
-    def views(step: tf.Tensor, indices: tf.Tensor) -> Tuple[tf.Tensor, tf.Tensor]:
-        batch, seeds = tf.gather(pixels, indices), _seeds(seed, step)
-        return tuple(augmentation.augment_images_pretraining(batch, seeds[view], first, batch_size)
-                     for view in range(2))
+    def make(step: tf.Tensor, indices: tf.Tensor) -> Tuple[tf.Tensor, ...]:
+        batch, seeds = tf.gather(pixels, indices), _seeds(seed, step, number_of_views)
+        return tuple(augmentation.augment_images_pretraining(batch, seeds[view], first, batch_size, views, view)
+                     for view in range(number_of_views))
 
-    return _batches(views, len(images), batch_size, seed, first_step, last_step, first, rows)
+    return _batches(make, len(images), batch_size, seed, first_step, last_step, first, rows)
 
 
 def finetuning_batches(images: Any, labels: Optional[np.ndarray], batch_size: int, seed: int, first_step: int,
@@ -144,13 +146,15 @@ def _on_host(array: Any) -> tf.Tensor:
         return tf.convert_to_tensor(array)  # which copies, but not what is aligned on TensorFlow 2.6
 
 
-def _seeds(seed: int, step: tf.Tensor) -> tf.Tensor:
-    """Two pairs of integers, int64 (2, 2), for the two views of a step.
+def _seeds(seed: int, step: tf.Tensor, n: int = 2) -> tf.Tensor:
+    """A pair of integers for each of n views of a step, int64 (n, 2); those of the first two do not depend on n.
 
     Drawn, not counted up, so that streams which augmentation derives from neighbouring seeds cannot meet.
     """
     pair = tf.stack([tf.constant(seed, tf.int64), step])
-    return tf.random.stateless_uniform((2, 2), pair, None, None, tf.int64)
+    seeds = tf.random.stateless_uniform((2, 2), pair, None, None, tf.int64)
+    others = tf.random.experimental.stateless_fold_in(pair, tf.constant(2, tf.int64))
+    return tf.concat([seeds, tf.random.stateless_uniform((n - 2, 2), others, None, None, tf.int64)], axis=0)
 
 
 def _order(seed: int, epoch: tf.Tensor, n: int) -> tf.Tensor:
@@ -159,7 +163,7 @@ def _order(seed: int, epoch: tf.Tensor, n: int) -> tf.Tensor:
     return tf.argsort(tf.random.stateless_uniform((n,), pair, None, None, tf.int64))
 
 
-def _batches(make: Callable[[tf.Tensor, tf.Tensor], Tuple[tf.Tensor, tf.Tensor]], n: int, batch_size: int,
+def _batches(make: Callable[[tf.Tensor, tf.Tensor], Tuple[tf.Tensor, ...]], n: int, batch_size: int,
              seed: int, first_step: int, last_step: int, first: int, rows: int) -> tf.data.Dataset:
     """`make(step, indices)` for each step; indices, int32 (rows,), are these rows of the step's batch."""
     if not 1 <= batch_size <= n:

@@ -1,6 +1,6 @@
 """The views of BYOL one image at a time, by tf.image: what augmentation.py is measured against.
 
-The same distributions and the same arithmetic as augmentation.py, whose constants it uses, in the plain way: a random number is
+The same distributions and the same arithmetic as augmentation.py, whose settings it uses, in the plain way: a random number is
 drawn for one image, and each image is cut, flipped, resized and coloured by itself.
 """
 from typing import Any, Tuple
@@ -19,16 +19,16 @@ def draw_crop(size: int) -> Tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf
     height, width = tf.where(swap, shorter, longer), tf.where(swap, longer, shorter)
     top = tf.random.uniform([], 0, size - height + 1, tf.int32)
     left = tf.random.uniform([], 0, size - width + 1, tf.int32)
-    return top, left, height, width, tf.random.uniform([]) < spec.FLIP_PROBABILITY
+    return top, left, height, width, tf.random.uniform([]) < spec.Views.flip
 
 
 def draw_colors() -> Tuple[tf.Tensor, ...]:
     """brightness, contrast, saturation, hue (float32), distort and grey (bool) for one image."""
-    return (tf.random.uniform([], -spec.MAX_BRIGHTNESS, spec.MAX_BRIGHTNESS),
-            tf.random.uniform([], 1 - spec.MAX_CONTRAST, 1 + spec.MAX_CONTRAST),
-            tf.random.uniform([], 1 - spec.MAX_SATURATION, 1 + spec.MAX_SATURATION),
-            tf.random.uniform([], -spec.MAX_HUE, spec.MAX_HUE),
-            tf.random.uniform([]) < spec.DISTORT_PROBABILITY, tf.random.uniform([]) < spec.GREY_PROBABILITY)
+    return (tf.random.uniform([], -spec.Views.brightness, spec.Views.brightness),
+            tf.random.uniform([], 1 - spec.Views.contrast, 1 + spec.Views.contrast),
+            tf.random.uniform([], 1 - spec.Views.saturation, 1 + spec.Views.saturation),
+            tf.random.uniform([], -spec.Views.hue, spec.Views.hue),
+            tf.random.uniform([]) < spec.Views.distort, tf.random.uniform([]) < spec.Views.grey)
 
 
 def apply(image: tf.Tensor, top: Any, left: Any, height: Any, width: Any, flip: Any, brightness: Any, contrast: Any,

@@ -1,4 +1,7 @@
 """Views against tf.image, image by image; drawn parameters against the distributions that they must have."""
+import dataclasses
+import zlib
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -12,6 +15,9 @@ GOLDEN_CROPS = [[1, 0, 3, 10], [2, 3, 4, 15], [28, 20, 29, 13], [21, 21, 23, 9],
 GOLDEN_COLORS = [[-0.1879836, -0.2400019, 0.2856614, 0.3006409], [0.6008512, 0.6504046, 1.1946051, 0.9496482],
                  [1.1707597, 0.9911535, 0.8351221, 0.6518736], [0.0534992, -0.028297, 0.0562965, -0.0305476],
                  [0, 1, 1, 0], [0, 0, 1, 0]]
+
+# The bits of 5000 draws of seed (1, 2), seen on both before there were any Views.
+DRAWN_CROPS, DRAWN_COLORS = 0xc8f8c94e, 0x4e7adc3e
 
 
 def random_images(count, height=32, width=32, seed=0):
@@ -299,6 +305,12 @@ def test_a_seed_means_the_same_on_every_tensorflow():
     assert np.allclose([x.numpy() for x in colors], GOLDEN_COLORS, rtol=0, atol=1e-6)
 
 
+def test_what_a_seed_draws_has_not_changed():
+    for drawn, expected in ((augmentation.sample_crops(5000, (1, 2)), DRAWN_CROPS),
+                            (augmentation.sample_colors(5000, (1, 2)), DRAWN_COLORS)):
+        assert zlib.crc32(b"".join(x.numpy().tobytes() for x in drawn)) == expected
+
+
 @pytest.mark.parametrize("seed", [
     [1, 2], np.array([1, 2]), tf.constant([1, 2]), tf.constant([1, 2], tf.int64), (1, tf.constant(2)),
     (tf.constant(1, tf.int64), 2)])
@@ -413,6 +425,142 @@ def test_colors_of_bytes_are_refused():
 def test_what_is_applied_is_compiled_by_xla():
     images = tf.constant(random_images(4))
     drawn = augmentation.sample_crops(4, (0, 0)) + augmentation.sample_colors(4, (0, 0))
-    for function, arguments in [(augmentation._compiled_augment, drawn),
-                                (augmentation._compiled_crop_flip_resize, drawn[:5])]:
-        assert function.get_concrete_function(images, *arguments).function_def.attr["_XlaMustCompile"].b
+    for function, arguments, settings in [
+            (augmentation._compiled_augment, drawn, {}), (augmentation._compiled_crop_flip_resize, drawn[:5], {}),
+            (augmentation._compiled_augment, drawn, dict(solarise=drawn[4], multiplies=True, normal=augmentation.CIFAR10))]:
+        assert function.get_concrete_function(images, *arguments, **settings).function_def.attr["_XlaMustCompile"].b
+
+
+# Views other than the reference's.
+
+
+AREA = augmentation.Views(crop="area")
+# All that can be chosen, chosen otherwise.
+OTHERWISE = augmentation.Views(crop="area", min_area=0.2, flip=0.5, brightness=0.3, contrast=0.2, saturation=0.5, hue=0.05,
+                               brightness_multiplies=True, distort=0.7, grey=0.3, solarise=(0.2, 0.6), normalise=augmentation.CIFAR10)
+
+
+def area_crop_of_one(tries, min_area, size):
+    """Height and width as torchvision's RandomResizedCrop has them, from a random number for area and aspect of each try."""
+    for area, aspect in tries:
+        target = size * size * (min_area + (1 - min_area) * area)
+        ratio = np.exp(np.log(3 / 4) + (np.log(4 / 3) - np.log(3 / 4)) * aspect)
+        width, height = round(np.sqrt(target * ratio)), round(np.sqrt(target / ratio))
+        if 0 < width <= size and 0 < height <= size:
+            return height, width
+    return size, size
+
+
+@pytest.mark.parametrize("size, min_area", [(32, 0.08), (32, 0.9), (48, 0.2), (3, 0), (1, 0.5)])
+def test_crops_by_area_equal_torchvisions_one_by_one(size, min_area):
+    views = dataclasses.replace(AREA, min_area=min_area)
+    crops = augmentation.sample_crops(5000, (8, size), size, views)
+    draw = augmentation._uniform([5000, 10], (8, size), ("area", "aspect"))
+    expected = [area_crop_of_one(tries, min_area, size) for tries in np.stack([draw["area"], draw["aspect"]], 2).astype(np.float64)]
+    same = np.mean(np.all(np.stack([crops.height, crops.width], 1) == expected, axis=1))
+    assert same >= 0.999  # a side next to a half may round the other way in float32
+    assert [x.dtype for x in crops] == [tf.int32] * 4 + [tf.bool]
+    for start, length in ((crops.top, crops.height), (crops.left, crops.width)):
+        assert np.min(start) >= 0 and np.min(length) >= 1 and np.max(start + length) <= size
+
+
+@pytest.mark.parametrize("min_area", [0.08, 0.95])
+def test_sides_of_crops_by_area_have_the_distribution(min_area):
+    """Against the measure of all (area, aspect) that round to a pair of sides, which a grid of 2000 x 2000 points gives."""
+    middle = (np.arange(2000) + 0.5) / 2000
+    root = 32 * np.sqrt(min_area + (1 - min_area) * middle)[:, None]
+    stretch = (4 / 3) ** (middle - 0.5)
+    height, width = np.round(root / stretch).astype(int), np.round(root * stretch).astype(int)
+    fits = (height <= 32) & (width <= 32)
+    once = np.bincount((33 * height + width)[fits], minlength=33 * 33) / fits.size
+    missed = 1 - once.sum()
+    expected = once * (1 - missed ** 10) / once.sum()
+    expected[33 * 32 + 32] += missed ** 10
+    crops = augmentation.sample_crops(MANY, (11, 8), views=dataclasses.replace(AREA, min_area=min_area))
+    assert (missed ** 10 * MANY > 1000) == (min_area == 0.95)  # then the whole image is also what is left if no try fits
+    expected[expected * MANY < 0.5] = 0  # pairs that all but never come
+    drawn = 33 * crops.height.numpy() + crops.width.numpy()
+    assert np.mean(expected[drawn] == 0) < 1e-3
+    assert_counts(drawn[expected[drawn] > 0], 0, expected)
+
+
+def test_places_of_crops_by_area_have_the_distribution():
+    crops = augmentation.sample_crops(MANY, (11, 9), views=AREA)
+    for start, length in ((crops.top.numpy(), crops.height.numpy()), (crops.left.numpy(), crops.width.numpy())):
+        for side in range(12, 33):
+            assert_counts(start[length == side], 0, np.ones(32 - side + 1))
+
+
+def test_amounts_and_rates_are_those_of_the_views():
+    colors = augmentation.Colors(*(x.numpy() for x in augmentation.sample_colors(MANY, (11, 7), OTHERWISE)))
+    assert_uniform(colors.brightness, 0.7, 1.3)
+    assert_uniform(colors.contrast, 0.8, 1.2)
+    assert_uniform(colors.saturation, 0.5, 1.5)
+    assert_uniform(colors.hue, -0.05, 0.05)
+    assert_rate(colors.distort, 0.7)
+    assert_rate(colors.grey, 0.3)
+    for views in (OTHERWISE, dataclasses.replace(OTHERWISE, crop="reference")):
+        assert_rate(augmentation.sample_crops(MANY, (11, 7), views=views).flip.numpy(), 0.5)
+    for view, rate in ((0, 0.2), (1, 0.6), (2, 0.2), (3, 0.6)):
+        assert_rate(augmentation.sample_solarise(MANY, (11, 7), OTHERWISE, view).numpy(), rate)
+    added = augmentation.sample_colors(MANY, (1, 1), dataclasses.replace(OTHERWISE, brightness_multiplies=False)).brightness
+    assert_uniform(added.numpy(), -0.3, 0.3)
+
+
+def test_later_parameters_depend_on_no_other():
+    drawn = augmentation._uniform([MANY], (11, 7), augmentation.STREAMS)
+    correlation = np.corrcoef([drawn[name] for name in augmentation.STREAMS])
+    assert len(set(augmentation.STREAMS)) == len(augmentation.STREAMS) == 15
+    assert np.abs(correlation - np.eye(15)).max() < 6 / np.sqrt(MANY)
+
+
+def test_brightness_that_multiplies_equals_each_image_times_its_factor():
+    images = colorful_images(256)
+    colors = augmentation.sample_colors(256, (3, 5), OTHERWISE)[:4]
+    nothing = np.zeros(256, np.float32)
+    expected = distort_one_by_one(images * colors[0].numpy()[:, None, None, None], nothing, *colors[1:])
+    assert_close(augmentation.distort_colors(images, *colors, multiplies=True), expected, 1e-5)
+    assert np.abs(expected - distort_one_by_one(images, *colors)).max() > 0.1
+
+
+@pytest.mark.parametrize("size", [32, 48])
+@pytest.mark.parametrize("view", [0, 1])
+def test_every_setting_is_applied_image_by_image(size, view):
+    images = random_images(160, size, size, seed=3)
+    crops, colors = augmentation.sample_crops(160, (4, 2), size, OTHERWISE), augmentation.sample_colors(160, (4, 2), OTHERWISE)
+    solarise = augmentation.sample_solarise(160, (4, 2), OTHERWISE, view).numpy()
+    assert 10 < solarise.sum() < 150
+    x = crop_one_by_one(images, crops)
+    x = np.where(colors.distort.numpy()[:, None, None, None], x * colors.brightness.numpy()[:, None, None, None], x)
+    x = distort_as_drawn(x, colors._replace(brightness=np.zeros(160, np.float32)))
+    views = dataclasses.replace(OTHERWISE, normalise=None)
+    solarised = np.stack([np.where(image >= 0.5, 1 - image, image) if turn else image for image, turn in zip(x, solarise)])
+    assert_close(augmentation.augment_images_pretraining(images, (4, 2), views=views, view=view), solarised, 1e-4)
+    normalised = (solarised - [0.4914, 0.4822, 0.4465]) / [0.2470, 0.2435, 0.2616]
+    assert_close(augmentation.augment_images_pretraining(images, (4, 2), views=OTHERWISE, view=view),
+                 normalised.astype(np.float32), 5e-4)
+
+
+def test_parts_of_a_batch_of_other_views_equal_the_whole():
+    images = random_images(192)
+    parts = [augmentation.augment_images_pretraining(images[i:i + 64], (5, 0), i, 192, OTHERWISE, 1) for i in (0, 64, 128)]
+    assert_close(np.concatenate(parts), augmentation.augment_images_pretraining(images, (5, 0), views=OTHERWISE, view=1), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32", "float64"])
+def test_normalise(kind):
+    images = random_images(3) if kind == "uint8" else (random_images(3) / 255).astype(kind)
+    expected = (random_images(3) / 255 - [0.1, 0.2, 0.3]) / [1, 2, 4]
+    assert_close(augmentation.normalise(images, (0.1, 0.2, 0.3), (1, 2, 4)), expected.astype(np.float32), 1e-6)
+
+
+def test_views_are_immutable_and_can_be_keys():
+    assert {AREA: 1}[augmentation.Views(crop="area")] == 1 and AREA != augmentation.Views()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        AREA.flip = 0.5
+
+
+@pytest.mark.parametrize("wrong", [dict(crop="centre"), dict(flip=1.1), dict(hue=-0.1), dict(solarise=(0.0, 2.0)), dict(min_area=8)])
+def test_views_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ValueError, match="%s=" % list(wrong)[0]):
+        augmentation.Views(**wrong)

@@ -1,6 +1,7 @@
 """The pipelines: what a batch holds is a function of seed and step, whoever makes it, from wherever."""
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ STEPS = N // BATCH
 @pytest.fixture
 def numbered(monkeypatch):
     """Images that are their own numbers, and views that leave them alone."""
-    def leave(images, seed, first=0, batch_size=None):
+    def leave(images, *settings):
         return tf.cast(images, tf.float32)
 
     monkeypatch.setattr(augmentation, "augment_images_pretraining", leave)
@@ -84,10 +85,34 @@ def test_views_are_those_of_the_step_and_differ(shapes):
     assert 0 <= np.min(x1) and np.max(x1) <= 1
 
 
+def test_more_views_leave_the_first_two_as_they_are(shapes):
+    views = augmentation.Views(crop="area", solarise=(0.0, 1.0), normalise=augmentation.CIFAR10)
+    two, = datasets.pretraining_batches(shapes.train_images, BATCH, 3, 2, 3, views=views)
+    four, = datasets.pretraining_batches(shapes.train_images, BATCH, 3, 2, 3, views=views, number_of_views=4)
+    assert len(two) == 2 and len(four) == 4
+    images = shapes.train_images[datasets._order(3, tf.constant(0, tf.int64), N).numpy()[2 * BATCH:3 * BATCH]]
+    seeds = datasets._seeds(3, tf.constant(2, tf.int64), 4)
+    for view in range(4):
+        if view < 2:
+            np.testing.assert_array_equal(four[view], two[view])
+        expected = augmentation.augment_images_pretraining(images, seeds[view], views=views, view=view)
+        np.testing.assert_allclose(four[view], expected, atol=1e-4)
+        assert four[view].numpy().min() < -0.5  # normalised
+        for other in range(view):
+            assert np.abs(four[view] - four[other]).mean() > 0.1
+
+
 def test_no_two_views_share_a_seed():
     seeds = {tuple(pair) for seed in (0, 1) for step in range(500)
              for pair in datasets._seeds(seed, tf.constant(step, tf.int64)).numpy()}
     assert len(seeds) == 2 * 500 * 2
+    pairs = np.concatenate([datasets._seeds(1, tf.constant(step, tf.int64), 4) for step in range(500)])
+    assert len(set(map(tuple, pairs))) == 500 * 4
+
+
+def test_seeds_of_views_have_not_changed():
+    pairs = np.stack([datasets._seeds(5, tf.constant(step, tf.int64)) for step in range(50)])
+    assert zlib.crc32(pairs.tobytes()) == SEEDS_OF_50_STEPS
 
 
 def test_shapes_are_static(shapes):
@@ -130,7 +155,8 @@ def test_images_may_lie_anywhere_in_memory(shapes, change):
 def test_images_are_in_memory_once():
     code = """if True:
         import resource
-        import datasets, image_files
+        import datasets
+        from sources import image_files
 
         def peak_after_first_batch(images):
             images[:] = 7
@@ -213,4 +239,5 @@ def test_what_load_refuses(tmp_path):
 
 
 # Drawn once with TensorFlow 2.6.5: a run can change its TensorFlow in the middle and keep its data.
+SEEDS_OF_50_STEPS = 0xbf9e6886
 ORDER_OF_SEED_7_EPOCH_3 = [5, 3, 9, 2, 8, 4, 0, 1, 6, 7]
