@@ -125,19 +125,20 @@ ENCODERS = {"resnet18": ResNet18, "resnet34": ResNet34}
 
 
 class ProjectionHead(keras.Model):
-    """The projector g and the predictor q: Dense 256, BatchNorm, ReLU, Dense 128. (b, any) -> (b, 128)."""
+    """The projector g and the predictor q: Dense `hidden`, BatchNorm, ReLU, Dense `features`. (b, any) -> (b, features)."""
 
-    def __init__(self, name: str = "projection_head", norm: Any = keras.layers.BatchNormalization) -> None:
+    def __init__(self, hidden: int = 256, features: int = 128, name: str = "projection_head",
+                 norm: Any = keras.layers.BatchNormalization) -> None:
         super().__init__(name=name)
-        self.features = 128
-        self.hidden = keras.layers.Dense(256, name="hidden")
+        self.features = features
+        self.hidden = keras.layers.Dense(hidden, name="hidden")
         self.norm = norm(name="norm")
-        self.output_layer = keras.layers.Dense(self.features, name="output")
+        self.output_layer = keras.layers.Dense(features, name="output")
 
     def build(self, input_shape: Any) -> None:
         _build(self.hidden, (None, input_shape[-1]))
-        _build(self.norm, (None, 256))
-        _build(self.output_layer, (None, 256))
+        _build(self.norm, (None, self.hidden.units))
+        _build(self.output_layer, (None, self.hidden.units))
         self.built = True
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:

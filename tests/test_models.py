@@ -49,6 +49,10 @@ def test_heads():
     g = models.ProjectionHead()
     assert g(tf.zeros((4, 512))).shape == (4, 128)
     assert models.count_parameters(g) == 512 * 256 + 256 + 2 * 256 + 256 * 128 + 128
+    wide = models.ProjectionHead(1024, 64)
+    wide.build((None, 512))
+    assert wide.features == 64 and wide(tf.zeros((4, 512)), training=True).shape == (4, 64)
+    assert [tuple(w.shape) for w in wide.trainable_weights] == [(512, 1024), (1024,), (1024,), (1024,), (1024, 64), (64,)]
     c = models.ClassificationHead()
     assert c(tf.zeros((4, 512))).shape == (4, 10) and models.count_parameters(c) == 5130
 
