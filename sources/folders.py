@@ -85,9 +85,9 @@ def read(folder: str, image_size: int, test_fraction: float, memory_limit: int, 
     train_images, kept = _decode(train.paths, folder, image_size, memory_limit, cache_dir)
     train = _only(train, kept)
     if len(train.paths) < 2:
-        raise UserError("The folder %s holds %d usable images for training (PNG, JPEG, GIF or BMP); it needs "
+        raise UserError("The folder %s holds %d usable images for training (%s); it needs "
                         "2 at least, in class folders, or without for pretraining."
-                        % (folder, len(train.paths)))
+                        % (folder, len(train.paths), ", ".join(image_files.FORMATS)))
     test_images, kept = _decode(test.paths, folder, image_size, memory_limit, cache_dir)
     test = _only(test, kept)
     train_files, test_files = _names(train, folder), _names(test, folder)
