@@ -5,13 +5,11 @@
     folder/1.jpg                                    without labels, for pretraining
     folder/train/1.jpg  folder/test/2.jpg           the same
 """
-import contextlib
 import hashlib
 import os
 import tempfile
-import weakref
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
 import tensorflow as tf
@@ -22,24 +20,27 @@ from sources import image_files
 
 THREADS = min(8, os.cpu_count() or 1)  # eight images of the largest size take up to 8 GB
 NAMES_SHOWN = 5  # of skipped files, in the warning
+OPEN_FILES = ("/proc/self/fd", "/dev/fd")  # where a process can open a file that has no name by its number
 
 
 class ImagesOnDisk:
     """Decoded images, uint8 (n, s, s, 3), in a raw temporary file, for what does not fit into memory.
 
     len() counts them; an index, a slice or an array of indices reads them as an array; `tensor()` maps them.
-    The file is removed when this object goes, or the process ends in good order.
+    The file has no name where the system allows it, so that its room is free again however the process ends.
     """
     dtype = np.dtype(np.uint8)
 
     def __init__(self, decoded: Iterator[np.ndarray], image_size: int, cache_dir: Optional[str]) -> None:
-        with tempfile.NamedTemporaryFile(prefix="images-", dir=cache_dir, delete=False) as file:
-            self.path = file.name
-            weakref.finalize(self, os.remove, file.name)
-            # Written, not assigned to a memory map, in which a full disk ends the process with a signal.
-            for image in decoded:
-                file.write(image.tobytes())
-            number = file.tell() // (3 * image_size ** 2)
+        opened = next((folder for folder in OPEN_FILES if os.path.isdir(folder)), None)
+        kind: Any = tempfile.TemporaryFile if opened else tempfile.NamedTemporaryFile
+        self._file = kind(prefix="images-", dir=cache_dir)
+        self.path: str = os.path.join(opened, str(self._file.fileno())) if opened else self._file.name
+        # Written, not assigned to a memory map, in which a full disk ends the process with a signal.
+        for image in decoded:
+            self._file.write(image.tobytes())
+        self._file.flush()
+        number = self._file.tell() // (3 * image_size ** 2)
         self.shape = (number, image_size, image_size, 3)
         self._array = np.zeros(self.shape, np.uint8)  # an empty file cannot be mapped
         if number:
@@ -53,7 +54,7 @@ class ImagesOnDisk:
 
     def tensor(self) -> tf.Tensor:
         """All images as one tensor that TensorFlow reads from the disk as it needs them."""
-        return tf.raw_ops.ImmutableConst(dtype=tf.uint8, shape=self.shape, memory_region_name=self.path)
+        return tf.raw_ops.ImmutableConst(dtype=tf.uint8, shape=self.shape, memory_region_name=os.fsencode(self.path))
 
 
 Images = Union[np.ndarray, ImagesOnDisk]
@@ -71,8 +72,8 @@ def read(folder: str, image_size: int, test_fraction: float, memory_limit: int, 
     """Read a folder of images: the fields of `datasets.Data` in their order, images as uint8 (n, s, s, 3).
 
     Where more than `memory_limit` bytes come together, the images are kept in a file in `cache_dir`. Files
-    that are no usable images are skipped with a warning that names them; hidden files and links to folders
-    are ignored. The split depends on nothing but the files' names. Raises UserError if what is left is no
+    that are no usable images, and folders that cannot be read, are skipped with a warning that names them; hidden files
+    and links to folders are ignored. The split depends on nothing but the files' names. Raises UserError if what is left is no
     data set.
     """
     folder = os.path.expanduser(folder)
@@ -96,7 +97,7 @@ def read(folder: str, image_size: int, test_fraction: float, memory_limit: int, 
 
     names = sorted(set(train.classes))
     if len(names) < 2:
-        raise UserError("The folder %s has one class only, %s; add folders of other classes, or for "
+        raise UserError("The folder %s has one class only, %r; add folders of other classes, or for "
                         "pretraining without labels put the images into the folder itself."
                         % (folder, names[0]))
     if test_fraction > 0 and not test.paths:
@@ -105,7 +106,7 @@ def read(folder: str, image_size: int, test_fraction: float, memory_limit: int, 
                         % (folder, len(train.paths), len(names)))
     unknown = sorted(set(test.classes) - set(names))
     if unknown:
-        raise UserError("The class %s of %s has images for testing, but no usable one for training."
+        raise UserError("The class %r of %s has images for testing, but no usable one for training."
                         % (unknown[0], folder))
     number = {name: index for index, name in enumerate(names)}
     train_labels = np.array([number[name] for name in train.classes], np.int64)
@@ -115,12 +116,12 @@ def read(folder: str, image_size: int, test_fraction: float, memory_limit: int, 
 
 def _listings(folder: str, test_fraction: float) -> Tuple[Listing, Listing]:
     """The files for training and for testing."""
-    inside = _folders(folder)
-    if {"train", "test"} <= inside:
+    inside, beside = _entries(folder)
+    if {"train", "test"} <= set(inside):
         if len(inside) > 2:
             logging.warning("Beside train and test, these folders in %s are ignored: %s.", folder,
-                            ", ".join(map(repr, sorted(inside - {"train", "test"}))))
-        train, test = (_list(path, _folders(path))
+                            ", ".join(repr(name) for name in inside if name not in ("train", "test")))
+        train, test = (_list(path, *_entries(path))
                        for path in (os.path.join(folder, "train"), os.path.join(folder, "test")))
         if not test.paths:
             return train, _only(train, [])
@@ -128,10 +129,10 @@ def _listings(folder: str, test_fraction: float) -> Tuple[Listing, Listing]:
             raise UserError("Of the folders train and test in %s, one has class folders and the other has "
                             "not." % folder)
         return train, test
-    if inside and inside <= {"train", "test", "val", "valid", "validation"}:
+    if inside and set(inside) <= {"train", "test", "val", "valid", "validation"}:
         raise UserError("The folder %s has the folder %s, but not both train and test; rename or add what is "
-                        "missing." % (folder, " and ".join(sorted(inside))))
-    everything = _list(folder, inside)
+                        "missing." % (folder, " and ".join(inside)))
+    everything = _list(folder, inside, beside)
     if everything.classes is None:
         return everything, _only(everything, [])
     chosen = _choose(_names(everything, folder), everything.classes, test_fraction)
@@ -165,43 +166,40 @@ def _only(listing: Listing, indices: List[int]) -> Listing:
                    None if listing.classes is None else [listing.classes[i] for i in indices])
 
 
-def _folders(folder: str) -> Set[str]:
-    names = set()
-    for entry in os.scandir(folder):
-        if entry.is_dir() and not entry.name.startswith("."):
-            if entry.is_symlink():
-                logging.warning("The link %r to a folder is not followed.", entry.path)
-            else:
-                names.add(entry.name)
-    return names
+def _entries(folder: str) -> Tuple[List[str], List[str]]:
+    """Names of the folders and of all else in a folder, sorted, without hidden ones and links to folders."""
+    _, folders, others = next(os.walk(folder, onerror=_unreadable), ("", [], []))
+    folders, others = (sorted(name for name in names if not name.startswith(".")) for names in (folders, others))
+    links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+    if links:
+        logging.warning("Links to folders in %s are not followed: %s.", folder, _shown([repr(name) for name in links]))
+    return [name for name in folders if name not in links], others
 
 
-def _list(folder: str, inside: Iterable[str]) -> Listing:
+def _unreadable(error: OSError) -> None:
+    logging.warning("Skipped the folder %r, which cannot be read: %s.", error.filename, error.strerror)
+
+
+def _list(folder: str, inside: List[str], beside: List[str]) -> Listing:
     """All files below the class folders in `folder`; if these hold none, all in `folder` itself."""
     paths, classes = [], []
-    for name in sorted(inside):
+    for name in inside:
         below = _files(os.path.join(folder, name))
         paths += below
         classes += [name] * len(below)
-    beside = [entry.path for entry in os.scandir(folder)
-              if entry.is_file() and not entry.name.startswith(".")]
     if not paths:
-        return Listing(sorted(beside), None)
+        return Listing([os.path.join(folder, name) for name in beside], None)
     if beside:
         logging.warning("Of the files in %s, %d beside the class folders are ignored: %s.", folder, len(beside),
-                        _shown([repr(os.path.basename(path)) for path in sorted(beside)]))
+                        _shown([repr(name) for name in beside]))
     return Listing(paths, classes)
 
 
 def _files(folder: str) -> List[str]:
-    def fail(error: OSError) -> None:
-        raise error
-
     paths = []
-    for parent, folders, names in os.walk(folder, onerror=fail):  # does not follow links
+    for parent, folders, names in os.walk(folder, onerror=_unreadable):  # does not follow links
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files = (os.path.join(parent, name) for name in sorted(names) if not name.startswith("."))
-        paths += [path for path in files if os.path.isfile(path)]
+        paths += [os.path.join(parent, name) for name in sorted(names) if not name.startswith(".")]
     return paths
 
 
@@ -245,25 +243,7 @@ def _load_all(paths: List[str], image_size: int) -> Iterator[Union[np.ndarray, i
 
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(paths), 1024):
-            with _no_chatter():
-                block = list(pool.map(load, paths[start:start + 1024]))
-            yield from block
-
-
-@contextlib.contextmanager
-def _no_chatter() -> Iterator[None]:
-    """Shut standard error under TensorFlow 2.6, whose C++ side says "Cleanup called..." there at each PNG."""
-    if not tf.__version__.startswith("2.6."):
-        yield
-        return
-    stderr = os.dup(2)
-    with open(os.devnull, "wb") as nothing:
-        os.dup2(nothing.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
+            yield from list(pool.map(load, paths[start:start + 1024]))
 
 
 def _shown(names: List[str]) -> str:
