@@ -1,9 +1,9 @@
 """CIFAR-10 and CIFAR-100 in their official layout: found or downloaded, and read without trusting the files.
 
-The official files are Python pickles, and unpickling a hostile file can run any code. So the reader here
-knows nothing but the three NumPy names that those files hold, and has inert stand-ins even for these: no
-function of NumPy or of anything else is called on a file's behalf, and an array is made only after its type
-and shape were checked. It also reads the same on every NumPy, whichever way that has moved its internals.
+The official files are Python pickles, and unpickling a hostile file can run any code. So the reader here knows nothing but
+the three NumPy names that those files hold, and has an inert stand-in even for these: no function of NumPy or of anything
+else is called on a file's behalf, and an array is made only after its type and shape were checked. It also reads the same
+on every NumPy, whichever way that has moved its internals.
 """
 import contextlib
 import gzip
@@ -14,7 +14,7 @@ import pickletools
 import socket
 import tarfile
 import zlib
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 from absl import logging
@@ -53,10 +53,11 @@ LAYOUTS = {
 }
 IMAGE_SIZE = 32
 FILE_LIMIT = 200 << 20  # bytes; the largest official file, CIFAR-100's train, has 156 million
-ARCHIVE_LIMIT = 500 << 20  # bytes that an archive may unpack to; the official ones hold 190 million
+ARCHIVE_LIMIT = 300 << 20  # bytes that an archive may unpack to; the official ones hold 190 million
 LARGE = 1 << 20  # bytes of a part that is not copied out of a file in memory
 PART_LIMIT = 5000000  # about five times what CIFAR-100's train has
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer
+Content = Union[bytes, memoryview]
 
 
 def read(name: str, data_dir: Optional[str] = None) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray,
@@ -143,7 +144,7 @@ def _download(layout: Layout, data_dir: Optional[str]) -> str:
         socket.setdefaulttimeout(timeout)
 
 
-def _folder_files(folder: str, layout: Layout) -> Iterator[Tuple[str, bytes]]:
+def _folder_files(folder: str, layout: Layout) -> Iterator[Tuple[str, Content]]:
     for name in layout.train_files + layout.test_files + (layout.names_file,):
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
@@ -155,57 +156,33 @@ def _folder_files(folder: str, layout: Layout) -> Iterator[Tuple[str, bytes]]:
             raise UserError("Cannot read %s (%s)." % (path, error.strerror))
 
 
-class _Limited:
-    """Reads a file as far as a limit, so that a small archive cannot unpack to more than the memory holds."""
-
-    def __init__(self, file: Any, limit: int) -> None:
-        self.file, self.left = file, limit
-
-    def read(self, size: int) -> bytes:
-        data: bytes = self.file.read(size)
-        self.left -= len(data)
-        if self.left < 0:
-            raise tarfile.ReadError("it unpacks to more than %d MB" % (ARCHIVE_LIMIT >> 20))
-        return data
-
-
-def _archive_members(path: str, layout: Layout) -> Iterator[Tuple[str, bytes]]:
+def _archive_members(path: str, layout: Layout) -> Iterator[Tuple[str, Content]]:
     """The wanted files of an archive, in its own order, by exact name. Nothing is extracted."""
-    wanted = {layout.folder + "/" + name: name
-              for name in layout.train_files + layout.test_files + (layout.names_file,)}
+    wanted = {layout.folder + "/" + name: name for name in layout.train_files + layout.test_files + (layout.names_file,)}
     try:
         with gzip.open(path) as packed:
-            limited: Any = _Limited(packed, ARCHIVE_LIMIT)
-            with tarfile.open(fileobj=limited, mode="r|", bufsize=1 << 20) as archive:
-                for member in archive:
-                    name = wanted.get(member.name[2:] if member.name.startswith("./") else member.name)
-                    file = archive.extractfile(member) if name and member.isreg() else None
-                    if name and file and member.size <= FILE_LIMIT:
-                        yield name, file.read()
+            data = packed.read(ARCHIVE_LIMIT + 1)
+        if len(data) > ARCHIVE_LIMIT:
+            raise tarfile.ReadError("it unpacks to more than %d MB" % (ARCHIVE_LIMIT >> 20))
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+            for member in archive:
+                name = wanted.get(member.name[2:] if member.name.startswith("./") else member.name)
+                if name and member.isreg():
+                    yield name, memoryview(data)[member.offset_data:member.offset_data + member.size]
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise UserError("%s is damaged or not %s (%s); get it anew from %s."
-                        % (path, layout.archive, error, layout.url))
+        raise UserError("%s is damaged or not %s (%s); get it anew from %s." % (path, layout.archive, error, layout.url))
 
 
-class _Array:
-    """What a file says about an array. Nothing is made of it before it was checked."""
-    shape = dtype = fortran = data = None
+class _Inert:
+    """What a file says about an array or its type: the arguments and the state. Nothing is made of it before it was checked."""
+    arguments: Tuple[Any, ...] = ()
+    state: Any = None
 
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        _, self.shape, self.dtype, self.fortran, self.data = state
-
-
-class _Dtype:
-    """What a file says about an array's type: its code, such as b"u1"."""
-
-    def __init__(self, code: Any, *_: Any) -> None:
-        self.code = code
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
 
     def __setstate__(self, state: Any) -> None:
-        pass  # byte order and the like, which uint8 has none of
+        self.state = state
 
 
 class _Parts(io.BytesIO):
@@ -215,7 +192,7 @@ class _Parts(io.BytesIO):
     """
     left = PART_LIMIT
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: Content) -> None:
         super().__init__(content)
         self.content = memoryview(content)
 
@@ -236,18 +213,17 @@ class _Unpickler(pickle._Unpickler):
     """
     dispatch = {ord(opcode.code): pickle._Unpickler.dispatch[ord(opcode.code)]
                 for opcode in pickletools.opcodes if opcode.proto <= 2}
-    stand_ins = {("numpy.core.multiarray", "_reconstruct"): _Array, ("numpy", "dtype"): _Dtype,
+    stand_ins = {("numpy.core.multiarray", "_reconstruct"): _Inert, ("numpy", "dtype"): _Inert,
                  ("numpy", "ndarray"): None}  # ndarray is but an argument of _reconstruct
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.stand_ins:
-            raise pickle.UnpicklingError("it asks for %.40r of %.40r, which no official file does"
-                                         % (name, module))
+            raise pickle.UnpicklingError("it asks for %.40r of %.40r, which no official file does" % (name, module))
         return self.stand_ins[module, name]
 
 
-def unpickle(content: bytes) -> Dict[bytes, Any]:
-    """Read a pickled dictionary; arrays in it are `_Array`s. Raises nothing but pickle.UnpicklingError."""
+def unpickle(content: Content) -> Dict[bytes, Any]:
+    """Read a pickled dictionary; arrays in it are `_Inert`. Raises nothing but pickle.UnpicklingError."""
     if len(content) > FILE_LIMIT:
         raise pickle.UnpicklingError("it is larger than %d MB" % (FILE_LIMIT >> 20))
     try:
@@ -269,12 +245,13 @@ def _batch(batch: Dict[bytes, Any], layout: Layout) -> Tuple[np.ndarray, np.ndar
     if min(labels) < 0 or max(labels) >= layout.classes:
         raise pickle.UnpicklingError("it holds labels outside of 0 to %d" % (layout.classes - 1))
     shape = (len(labels), 3 * IMAGE_SIZE ** 2)
-    if not isinstance(array, _Array) or not isinstance(array.dtype, _Dtype) or array.dtype.code != b"u1":
+    state = array.state if isinstance(array, _Inert) and isinstance(array.state, tuple) and len(array.state) == 5 else [None] * 5
+    _, claimed, kind, fortran, data = state
+    if not isinstance(kind, _Inert) or kind.arguments[:1] != (b"u1",):
         raise pickle.UnpicklingError("it holds no array of uint8 under 'data'")
-    if array.shape != shape or not isinstance(array.data, (bytes, memoryview)) or len(array.data) != shape[0] * shape[1]:
-        raise pickle.UnpicklingError("it holds %d labels, but no images of the shape %d x %d"
-                                     % ((len(labels),) + shape))
-    images = np.frombuffer(array.data, np.uint8).reshape(shape, order="F" if array.fortran else "C")
+    if claimed != shape or not isinstance(data, (bytes, memoryview)) or len(data) != shape[0] * shape[1]:
+        raise pickle.UnpicklingError("it holds %d labels, but no images of the shape %d x %d" % ((len(labels),) + shape))
+    images = np.frombuffer(data, np.uint8).reshape(shape, order="F" if fortran else "C")
     return images, np.array(labels, np.int64)
 
 

@@ -167,6 +167,8 @@ def test_damaged_and_foreign_files_are_named(official):
             (batch(images, [0, 1, 2, -1]), "labels outside of 0 to 9"),
             (batch(images, [1] * 4, code=b"i1"), "no array of uint8"),
             (batch(images, [1] * 4, code=b"O8"), "no array of uint8"),
+            (batch(images, [1] * 4).replace(b"u1K\0K\x01\x87R", b"u1K\0K\x01\x87\x81"), "no array of uint8"),  # made by NEWOBJ
+            (batch(images, [1] * 4).replace(b"(K\x01J", b"(K\x01K\x01J"), "no array of uint8"),  # a state of six parts
             (batch(images[:, :16], [1] * 4), "no images of the shape 4 x 3072"),
             (batch(images, [], "labels"), "no list of labels"),
             (batch(images, [1] * 4, "fine_labels"), "no list of labels"),
