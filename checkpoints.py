@@ -1,18 +1,16 @@
-"""What is kept: weight files that travel between versions and encoders' users, and the training state to resume from.
+"""The training state to resume from.
 
 A checkpoint is TensorFlow's own, in the folder `checkpoints`, plus a file of SHA-256 sums that is written last. So
 one without sums was cut off while it was written, and one whose sums do not fit is damaged; neither is used.
 """
-import collections
 import contextlib
 import glob
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
-from typing import Any, Container, Dict, List, Optional, Tuple
+from typing import Any, Container, Dict, List, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -20,7 +18,6 @@ from absl import logging
 
 import commands
 from commands import UserError
-from models import keras
 
 SUMS = ".sha256.json"
 RESULTS = ("config.json", "losses.txt", "metrics.json", "result.json", "views.png", "checkpoints")
@@ -204,101 +201,3 @@ def _sha256(path: str) -> str:
 def _first_line(error: BaseException) -> str:
     text = re.sub(r"^\{\{.*?\}\} ?", "", str(error).strip())  # TensorFlow begins with the node that failed
     return text.split("\n")[0] or type(error).__name__
-
-
-# Weight files
-
-def save_weights(network: Any, path: str) -> None:
-    """Write a network's weights in the layout of Keras 2's `save_weights`, all of it or nothing.
-
-    The file is made in memory: HDF5 that writes to a full disk itself crashes the process (h5py 3, TensorFlow 2.21).
-    """
-    import h5py
-
-    memory = io.BytesIO()
-    with h5py.File(memory, "w") as file:
-        file.attrs.update(layer_names=[layer.name.encode() for layer in network.layers], backend=b"tensorflow",
-                          keras_version=keras.__version__.encode())
-        for layer in network.layers:
-            weights = layer.trainable_weights + layer.non_trainable_weights
-            group = file.create_group(layer.name)
-            group.attrs["weight_names"] = [weight.name.encode() for weight in weights]
-            for weight, value in zip(weights, keras.backend.batch_get_value(weights)):
-                group.create_dataset(weight.name, data=value)
-    commands.write_atomically(path, memory.getvalue())
-
-
-def load_weights(network: Any, path: str) -> None:
-    """Read the weights of an encoder from a Keras 2 HDF5 file into `network`.
-
-    Layers are matched by their order and shape, not by name or nesting, so that files fit which another program's
-    ResNet of the same architecture saved. UserError, and `network` untouched, if the file is not whole or not of this
-    architecture and width.
-    """
-    wanted = _layers((weight.name, weight) for weight in network.trainable_weights + network.non_trainable_weights)
-    given = _layers(_read(path))
-    pairs = _match(wanted, given)
-    if pairs is None:
-        raise UserError("%s holds the weights of %s, but they are to go into %s: give the --encoder and --width_multiplier that it "
-                        "was made with." % (path, _describe(given), _describe(wanted)))
-    for variable, array in pairs:
-        variable.assign(array)
-
-
-def _read(path: str) -> List[Tuple[str, np.ndarray]]:
-    """(group/name, array) of each weight in a Keras HDF5 file, in the file's order. UserError if it is none."""
-    import h5py
-
-    if not os.path.isfile(path):
-        raise UserError("There is no weights file %s; pretraining.py writes f_online_<epoch>.h5 into its --output_dir." % path)
-    try:
-        with h5py.File(path, "r") as file:
-            root = file["model_weights"] if "model_weights" in file else file
-            return [("%s|%s" % (_text(group), _text(name)), np.array(root[_text(group)][_text(name)]))
-                    for group in root.attrs["layer_names"] for name in root[_text(group)].attrs["weight_names"]]
-    except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise UserError("%s is not a whole Keras weights file in HDF5 (%s); copy or save it again."
-                        % (path, _first_line(error).strip("'\"")))
-
-
-def _text(name: Any) -> str:
-    return name.decode() if isinstance(name, bytes) else str(name)
-
-
-Layers = List[Tuple[Dict[str, Any], Dict[str, Any]]]
-
-
-def _layers(weights: Any) -> Layers:
-    """Weights in order -> (convolution, the BatchNorm after it) pairs in order, each a dict from 'kernel' etc. to the weight."""
-    by_layer = collections.OrderedDict()  # type: Dict[str, Dict[str, Any]]
-    for name, weight in weights:
-        layer, _, kind = name.rpartition("/")
-        by_layer.setdefault(layer, {})[kind.split(":")[0]] = weight
-    convolutions = [layer for layer in by_layer.values() if "kernel" in layer]
-    norms = [layer for layer in by_layer.values() if "gamma" in layer]
-    return list(zip(convolutions, norms)) if len(convolutions) == len(norms) else []
-
-
-def _match(wanted: Layers, given: Layers) -> Optional[List[Tuple[tf.Variable, np.ndarray]]]:
-    """Pair the weights, or None. A block's shortcut may stand before its other convolutions: shapes tell it apart."""
-    left = list(given)
-    pairs = []
-    for layers in wanted:
-        place = next((i for i, other in enumerate(left[:3]) if _shapes(other) == _shapes(layers)), None)
-        if place is None:
-            return None
-        for layer, other in zip(layers, left.pop(place)):
-            pairs += [(weight, other[kind]) for kind, weight in layer.items()]
-    return pairs if not left and pairs else None
-
-
-def _shapes(layers: Tuple[Dict[str, Any], Dict[str, Any]]) -> List[Dict[str, Tuple[int, ...]]]:
-    return [{kind: tuple(weight.shape) for kind, weight in layer.items()} for layer in layers]
-
-
-def _describe(layers: Layers) -> str:
-    """For example: resnet18 with width_multiplier 0.25."""
-    names = {20: "resnet18", 36: "resnet34"}
-    if len(layers) not in names:
-        return "no encoder known here"
-    return "%s with width_multiplier %g" % (names[len(layers)], layers[0][0]["kernel"].shape[-1] / 64)

@@ -14,11 +14,11 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-import checkpoints
 import commands
 import datasets
 import models
 import npu_config
+import weights
 from commands import UserError, flag
 from devices.base import Device
 from models import keras
@@ -77,7 +77,7 @@ def start(config: Config) -> Tuple[Device, Any, Say]:
     with device.scope():
         encoder = models.ENCODERS[config.encoder](config.width_multiplier, norm=device.batch_norm, conv=device.convolution)
     if config.encoder_weights != "none":
-        checkpoints.load_weights(encoder, config.encoder_weights)
+        weights.load_weights(encoder, config.encoder_weights)
     return device, encoder, say
 
 

@@ -22,11 +22,11 @@ import commands
 import numpy as np
 from absl import logging
 
-import checkpoints
 import datasets
 import evaluation
 import models
 import schedules
+import weights
 from commands import UserError, flag
 
 EPOCHS = 50
@@ -83,9 +83,9 @@ def finetune(config: Config) -> Dict[str, Any]:
     updates = last_step if config.encoder_weights == "none" and not config.freeze else 0
     with models.settled(encoder, updates):
         if device.is_chief:
-            checkpoints.save_weights(classifier.head, os.path.join(config.output_dir, "c_finetuned.h5"))
+            weights.save_weights(classifier.head, os.path.join(config.output_dir, "c_finetuned.h5"))
             if not config.freeze:
-                checkpoints.save_weights(encoder, os.path.join(config.output_dir, "f_finetuned.h5"))
+                weights.save_weights(encoder, os.path.join(config.output_dir, "f_finetuned.h5"))
         logits = classifier.logits(evaluation.features(encoder, data.test_images))
     counts = confusion(data.test_labels, logits.argmax(axis=1), len(data.class_names))
     figures = {"test_accuracy": evaluation.top_k_accuracy(logits, data.test_labels, 1), "labels": len(labels),

@@ -85,7 +85,10 @@ class Byol(tf.Module):
                                          conv=device.convolution)
         make_head = functools.partial(models.ProjectionHead, config.head_hidden, config.head_features, norm=device.batch_norm)
         base = schedules.scaled_learning_rate(config.learning_rate, config.batch_size)
-        self.schedule = functools.partial(schedules.LEARNING_RATES[config.lr_schedule], base=base, total_steps=total_steps)
+        self.schedule = functools.partial(schedules.warmup, base=base, total_steps=total_steps,
+                                          warmup_steps=total_steps // config.num_epochs * config.warmup_epochs,
+                                          schedule=schedules.LEARNING_RATES[config.lr_schedule])
+        self._total_steps = total_steps
         with device.scope():
             self.f_online, self.g_online, self.q_online = make_encoder(), make_head(), make_head()
             self.f_target, self.g_target = make_encoder(), make_head()
@@ -94,7 +97,8 @@ class Byol(tf.Module):
                 head.build((None, width))
             self.step = tf.Variable(0, trainable=False, dtype=tf.int64, name="step",
                                     aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
-            optimizer = optimizers.AdamW(config.weight_decay, learning_rate=lambda: self.schedule(self.step), beta_1=config.momentum)
+            optimizer = optimizers.make(config.optimizer, lambda: self.schedule(self.step), config.momentum, config.weight_decay,
+                                        config.trust_coefficient)
             optimizer._create_all_weights(self.online_weights)  # now, so that a checkpoint finds them all
             self.optimizer = device.loss_scaled(optimizer)
             # (2, loop_size): loss and spread of the latest steps, the newest last. The loop shifts them in, since the NPU
@@ -155,7 +159,11 @@ class Byol(tf.Module):
     def _update_target(self) -> None:
         """target <- m * target + (1 - m) * online, for every weight of f and g, moving statistics included."""
         with self._device.keep_float32():  # float16 would round the small changes away
-            m, rest = (tf.constant(part) for part in (self._config.target_momentum, 1 - self._config.target_momentum))
+            start = self._config.target_momentum
+            m, rest = tf.constant(start), tf.constant(1 - start)
+            if self._config.target_momentum_schedule == "cosine":
+                m = schedules.momentum_to_one(self.step, start, self._total_steps)
+                rest = 1 - m
             for online, target in ((self.f_online, self.f_target), (self.g_online, self.g_target)):
                 for source, goal in zip(online.weights, target.weights):
                     self._device.update(goal, lambda goal, source: goal.assign(m * goal + rest * source), source)
@@ -191,7 +199,7 @@ def take_steps(learner: Byol, run: runs.Run, device: Device, data: datasets.Data
     first, rows = device.rows(run.config.batch_size)
     with device.host():
         batches = datasets.pretraining_batches(data.train_images, run.config.batch_size, run.config.seed, run.step, run.last_step,
-                                               first, rows)
+                                               first, rows, run.config.views())
         iterator = device.iterate(batches)
     while run.goes_on():
         n = run.steps_to_take()
@@ -208,7 +216,9 @@ def describe(learner: Byol, config: Config, say: Callable[[str], None]) -> None:
     say("Initializing online networks...\n%s\nShape of p: (256, %d)" % (shapes, p))
     say("Initializing target networks...\n%s" % shapes)
     say("The encoders have %d trainable parameters each." % models.count_parameters(learner.f_online))
-    say("Using Adam optimizer with learning rate %s." % schedules.scaled_learning_rate(config.learning_rate, config.batch_size))
+    name = {"adam": "Adam"}.get(config.optimizer, config.optimizer.upper())
+    say("Using %s optimizer with learning rate %s."
+        % (name, schedules.scaled_learning_rate(config.learning_rate, config.batch_size)))
 
 
 def consistent(config: Config) -> Config:
@@ -223,6 +233,8 @@ def consistent(config: Config) -> Config:
             raise UserError("--save_checkpoints_steps %d is not a multiple of %d, the steps of a loop (--iterations_per_loop, by "
                             "default --log_every)." % (steps, loop_size))
         config = dataclasses.replace(config, save_checkpoints_steps=steps + loop_size - steps % loop_size)
+    if config.warmup_epochs >= config.num_epochs:
+        raise UserError("--warmup_epochs %d leaves none of --num_epochs %d." % (config.warmup_epochs, config.num_epochs))
     if config.overwrite and config.resume:
         raise UserError("--overwrite goes with --noresume.")
     return config
@@ -234,7 +246,7 @@ def trace(config: Config) -> Any:
     images = np.zeros((config.batch_size, config.image_size, config.image_size, 3), np.uint8)
     loop_size = config.iterations_per_loop or config.log_every
     learner = Byol(config, device, total_steps=config.num_epochs, loop_size=loop_size)
-    batches = datasets.pretraining_batches(images, config.batch_size, config.seed, 0, 1)
+    batches = datasets.pretraining_batches(images, config.batch_size, config.seed, 0, 1, views=config.views())
     return learner.train_loop.get_concrete_function(device.iterate(batches), tf.constant(loop_size))
 
 

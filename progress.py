@@ -136,7 +136,8 @@ class Curves:
             self._file.close()
 
 
-def sheet_of_views(images: np.ndarray, seed: int, host: Optional[ContextManager[Any]] = None) -> np.ndarray:
+def sheet_of_views(images: np.ndarray, seed: int, host: Optional[ContextManager[Any]] = None,
+                   views: augmentation.Views = augmentation.Views()) -> np.ndarray:
     """Images with two views of each below them: a picture, uint8 (height, width, 3).
 
     images: uint8 (n, s, s, 3), n at most SHEET; see `sheet`.
@@ -146,16 +147,16 @@ def sheet_of_views(images: np.ndarray, seed: int, host: Optional[ContextManager[
         eagerly = tf.config.functions_run_eagerly()
         tf.config.run_functions_eagerly(True)  # compiling for a few images would take seconds
         try:
-            views = [augmentation.augment_images_pretraining(images, (seed, view)).numpy() for view in (0, 1)]
+            pair = [augmentation.augment_images_pretraining(images, (seed, view), views=views, view=view).numpy() for view in (0, 1)]
         finally:
             tf.config.run_functions_eagerly(eagerly)
-    return sheet([images] + [np.round(view * 255).astype(np.uint8) for view in views])
+    return sheet([images] + [np.round(view * 255).astype(np.uint8) for view in pair])
 
 
-def views_png(images: Any, seed: int, host: ContextManager[Any]) -> Tuple[bytes, int, int]:
+def views_png(images: Any, seed: int, views: augmentation.Views, host: ContextManager[Any]) -> Tuple[bytes, int, int]:
     """SHEET of the images, evenly chosen, with two views of each, as a PNG file's content; and its height and width."""
     chosen = np.unique(np.arange(SHEET) * len(images) // SHEET)  # a folder is sorted by class
-    picture = sheet_of_views(images[chosen], seed, host)
+    picture = sheet_of_views(images[chosen], seed, host, views)
     return encode_png(picture, host), picture.shape[0], picture.shape[1]
 
 

@@ -6,6 +6,7 @@ A flag that is given wins over the recipe. config.json of a run holds what resul
 """
 import dataclasses
 
+import optimizers
 import schedules
 from augmentation import Views
 from commands import UserError, flag
@@ -14,7 +15,7 @@ from commands import UserError, flag
 MODELZOO = {
     "crop": "reference", "min_area": 0.08, "flip_probability": 0.25, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1,
     "brightness_multiplies": False, "grey_probability": 0.2, "solarize_probability": 0.0, "head_hidden": 256, "head_features": 128,
-    "optimizer": "adam", "learning_rate": 1e-3, "lr_schedule": "cosine", "warmup_epochs": 0, "momentum": 0.9, "weight_decay": 1e-4,
+    "optimizer": "adam", "learning_rate": 1e-3, "lr_schedule": "cosine", "warmup_epochs": 0, "momentum": 0.9, "weight_decay": 1e-4, "trust_coefficient": 1e-3,
     "target_momentum": 0.99, "target_momentum_schedule": "constant"}  # type: Dict[str, Any]
 RECIPES = {
     "modelzoo": MODELZOO,
@@ -42,7 +43,7 @@ class Recipe:
     head_hidden: int = flag(None, "Hidden size of projector and predictor (byol-tensorflow2: 256; Lightly: 1024; paper: 4096).", low=1,
                             high=65536)
     head_features: int = flag(None, "Output size of projector and predictor (byol-tensorflow2: 128; paper: 256).", low=1, high=65536)
-    optimizer: str = flag(None, "adam (byol-tensorflow2), sgd (Lightly) or lars (paper, solo-learn).", choices=("adam", "sgd", "lars"))
+    optimizer: str = flag(None, "adam (byol-tensorflow2), sgd (Lightly) or lars (paper, solo-learn).", choices=optimizers.NAMES)
     learning_rate: float = flag(None, "For a batch of 512; scaled by batch_size / 512 (reference: 0.001).", low=0)
     lr_schedule: str = flag(None, "cosine to 0 over the run (ModelZoo README), or constant (reference).",
                             choices=sorted(schedules.LEARNING_RATES))
@@ -50,6 +51,8 @@ class Recipe:
     momentum: float = flag(None, "Adam's beta_1, or the momentum of SGD and LARS (ModelZoo README: 0.9).", low=0, high=0.9999)
     weight_decay: float = flag(None, "On kernels only. With Adam decoupled, times the learning rate (ModelZoo README: 1e-4; "
                                "reference: 0); with SGD and LARS added to the gradient.", low=0)
+    trust_coefficient: float = flag(None, "Of LARS: a kernel's step is this times its norm over its gradient's (paper: 0.001; "
+                                    "solo-learn: 0.02).", low=0)
     target_momentum: float = flag(None, "Momentum tau of the target's exponential moving average (reference: 0.99); with the cosine "
                                   "schedule, that of the first step.", low=0, high=1)
     target_momentum_schedule: str = flag(None, "constant (reference), or cosine: from --target_momentum to 1 over the run (paper).",

@@ -192,11 +192,11 @@ def neighbours(run: Run, searched: int) -> np.ndarray:
 
     UserError if weights or data are not to be had.
     """
-    import checkpoints
     import datasets
     import evaluation
     import models
     import npu_config
+    import weights
 
     path, config = run.weights(), run.config
     if path is None:
@@ -207,7 +207,7 @@ def neighbours(run: Run, searched: int) -> np.ndarray:
     if not len(data.test_images):
         raise UserError("the data set has no test images.")
     encoder = models.ENCODERS[config["encoder"]](config["width_multiplier"])
-    checkpoints.load_weights(encoder, path)
+    weights.load_weights(encoder, path)
     keys = np.arange(min(searched, len(data.train_images))) * len(data.train_images) // min(searched, len(data.train_images))
     asked = np.unique(np.arange(QUERIES) * len(data.test_images) // QUERIES)
     images, queries = data.train_images[keys], data.test_images[asked]

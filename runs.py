@@ -24,6 +24,7 @@ import datasets
 import evaluation
 import models
 import progress
+import weights
 from commands import UserError
 from devices.base import Device
 
@@ -33,7 +34,7 @@ COLLAPSED = 0.05
 FREE = {"data_dir", "output_dir", "device", "num_devices", "save_every", "log_every", "iterations_per_loop", "max_steps",
         "save_checkpoints_steps", "keep_checkpoint_max", "knn_every", "resume", "overwrite", "quiet", "verbose", "jit_compile",
         "hcom_parallel", "over_dump", "over_dump_path", "data_dump_flag", "data_dump_step", "data_dump_path", "profiling",
-        "profiling_dump_path", "auto_tune", "fusion_off_flag", "fusion_off_file", "check_npu", "npu_ops"}
+        "profiling_dump_path", "auto_tune", "fusion_off_flag", "fusion_off_file", "check_npu", "npu_ops", "recipe"}
 # Settings in which the workers of one run may differ.
 LOCAL = {"data_dir", "output_dir", "keep_checkpoint_max", "resume", "overwrite", "quiet", "verbose"}
 
@@ -93,7 +94,7 @@ class Run:
         if device.advice:
             self.say(device.advice)
         if device.is_chief:
-            free = FREE | ({"num_epochs"} if config.lr_schedule == "constant" else set())
+            free = FREE | ({"num_epochs"} if config.lr_schedule == config.target_momentum_schedule == "constant" else set())
             settings = dict(dataclasses.asdict(config), train_images=len(data.train_images), images_crc=self.images_crc)
             checkpoints.claim_folder(config.output_dir, settings, free, config.resume, config.overwrite)
 
@@ -125,7 +126,7 @@ class Run:
         if self.device.is_chief:
             self.curves = progress.Curves(self.path("logs"), self.step)
             if self.step == 0:
-                png, height, width = progress.views_png(self.data.train_images, self.config.seed, self.device.host())
+                png, height, width = progress.views_png(self.data.train_images, self.config.seed, self.config.views(), self.device.host())
                 commands.write_atomically(self.path("views.png"), png)
                 self.curves.image(0, "views", png, height, width)
         with self._settled():
@@ -220,7 +221,7 @@ class Run:
 
     def _save_weights(self, name: str) -> None:
         if self.device.is_chief:
-            checkpoints.save_weights(self.learner.f_online, self.path(name))
+            weights.save_weights(self.learner.f_online, self.path(name))
         self.say("Weights of f saved.")
 
     def _evaluate_knn(self) -> None:

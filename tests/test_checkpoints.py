@@ -1,14 +1,9 @@
-"""Checkpoints and weight files: to the bit, rotated, damaged, cut off, from other programs and other TensorFlows."""
-import os
-import subprocess
-import sys
+"""The training state on disk: to the bit, rotated, damaged, cut off."""
 from types import SimpleNamespace
 
-import h5py
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import ROOT
 
 import checkpoints
 import models
@@ -16,22 +11,6 @@ import npu_config
 import pretraining
 import runs
 from commands import UserError
-from models import keras
-
-IMAGES = np.random.RandomState(0).rand(2, 16, 16, 3).astype(np.float32)
-
-
-def features(encoder):
-    return encoder(IMAGES, training=False).numpy()
-
-
-def trained_encoder(width=1 / 16, make=models.ResNet18):
-    """An encoder whose statistics and biases are not those of a new one."""
-    encoder = make(width)
-    random = np.random.RandomState(1)
-    encoder.set_weights([array * (1 + 0.1 * random.rand(*array.shape)) + 0.1 * (array.ndim == 1) for array in encoder.get_weights()])
-    return encoder
-
 
 # The training state
 
@@ -201,172 +180,6 @@ def test_tensorflows_own_list_may_be_damaged(tmp_path, content):
     assert restored_step(tmp_path) == 10
     Small(tmp_path, keep=2).save(15)
     assert small.steps() == [10, 15] and restored_step(tmp_path) == 15
-
-
-# Weight files
-
-def test_the_file_is_what_keras_would_write(tmp_path):
-    encoder = trained_encoder()
-    ours, theirs = str(tmp_path / "ours.h5"), str(tmp_path / "theirs.h5")
-    checkpoints.save_weights(encoder, ours)
-    encoder.save_weights(theirs, save_format="h5")
-    with h5py.File(ours, "r") as mine, h5py.File(theirs, "r") as other:
-        assert list(mine.attrs["layer_names"]) == list(other.attrs["layer_names"])
-        assert mine.attrs["backend"] == other.attrs["backend"] and mine.attrs["keras_version"] == other.attrs["keras_version"]
-        for layer in mine.attrs["layer_names"]:
-            names = list(mine[layer].attrs["weight_names"])
-            assert names == list(other[layer].attrs["weight_names"])
-            for name in names:
-                np.testing.assert_array_equal(mine[layer][name], other[layer][name])
-                assert mine[layer][name].dtype == other[layer][name].dtype
-    for path in (ours, theirs):
-        loaded, by_keras = models.ResNet18(1 / 16), models.ResNet18(1 / 16)
-        checkpoints.load_weights(loaded, path)
-        by_keras.load_weights(path)
-        np.testing.assert_array_equal(features(loaded), features(encoder))
-        np.testing.assert_array_equal(features(by_keras), features(encoder))
-
-
-class Block(keras.layers.Layer):
-    """A basic block as other programs write it: its shortcut is a nested Sequential, made first or last."""
-
-    def __init__(self, filters, stride, shortcut_first):
-        super().__init__()
-        if shortcut_first:
-            self.shortcut = self.make_shortcut(filters, stride)
-        self.c1 = keras.layers.Conv2D(filters, 3, stride, "same")
-        self.b1 = keras.layers.BatchNormalization()
-        self.c2 = keras.layers.Conv2D(filters, 3, 1, "same")
-        self.b2 = keras.layers.BatchNormalization()
-        if not shortcut_first:
-            self.shortcut = self.make_shortcut(filters, stride)
-
-    def make_shortcut(self, filters, stride):
-        return keras.Sequential([] if stride == 1 else [keras.layers.Conv2D(filters, 1, stride), keras.layers.BatchNormalization()])
-
-    def call(self, x, training=None):
-        y = self.b2(self.c2(tf.nn.relu(self.b1(self.c1(x), training=training))), training=training)
-        return tf.nn.relu(y + self.shortcut(x, training=training))
-
-
-class Subclassed(keras.Model):
-    def __init__(self, nested, shortcut_first):
-        super().__init__()
-        self.c = keras.layers.Conv2D(4, 3, 1, "same")
-        self.b = keras.layers.BatchNormalization()
-        stages = [[Block(width, 2 if stage and not i else 1, shortcut_first) for i in range(2)]
-                  for stage, width in enumerate((4, 8, 16, 32))]
-        self.stages = [keras.Sequential(stage) for stage in stages] if nested else sum(stages, [])
-
-    def call(self, x, training=None):
-        x = tf.nn.relu(self.b(self.c(x), training=training))
-        for stage in self.stages:
-            x = stage(x, training=training)
-        return tf.reduce_mean(x, [1, 2])
-
-
-def functional():
-    """Flat layers, whose order in the file is that of the graph."""
-    layers = keras.layers
-    x = inputs = keras.Input((16, 16, 3))
-    x = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(4, 3, padding="same")(x)))
-    for stage, width in enumerate((4, 8, 16, 32)):
-        for i in range(2):
-            stride = 2 if stage and not i else 1
-            y = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(width, 3, stride, "same")(x)))
-            y = layers.BatchNormalization()(layers.Conv2D(width, 3, 1, "same")(y))
-            if stride == 2:
-                x = layers.BatchNormalization()(layers.Conv2D(width, 1, stride)(x))
-            x = layers.ReLU()(layers.Add()([y, x]))
-    return keras.Model(inputs, layers.GlobalAveragePooling2D()(x))
-
-
-@pytest.mark.parametrize("make", [lambda: Subclassed(False, False), lambda: Subclassed(False, True), lambda: Subclassed(True, False),
-                                  lambda: Subclassed(True, True), functional],
-                         ids=["last", "first", "stages-last", "stages-first", "functional"])
-def test_files_of_other_programs_load(tmp_path, make):
-    other = make()
-    other(IMAGES)
-    random = np.random.RandomState(2)
-    other.set_weights([array * (1 + 0.1 * random.rand(*array.shape)) + 0.1 * (array.ndim == 1) for array in other.get_weights()])
-    path = str(tmp_path / "f_online_200.h5")
-    other.save_weights(path)
-    encoder = models.ResNet18(1 / 16)
-    checkpoints.load_weights(encoder, path)
-    np.testing.assert_allclose(features(encoder), features(other), rtol=1e-5, atol=1e-5)
-
-
-def test_another_architecture_is_named_with_this_one(tmp_path):
-    path = str(tmp_path / "f.h5")
-    for make, width, words in ((models.ResNet34, 1 / 16, "resnet34 with width_multiplier 0.0625"),
-                               (models.ResNet18, 1 / 8, "resnet18 with width_multiplier 0.125")):
-        checkpoints.save_weights(make(width), path)
-        encoder = models.ResNet18(1 / 16)
-        before = encoder.get_weights()
-        with pytest.raises(UserError) as caught:
-            checkpoints.load_weights(encoder, path)
-        assert words in str(caught.value) and "resnet18 with width_multiplier 0.0625" in str(caught.value)
-        assert path in str(caught.value) and "\n" not in str(caught.value)
-        assert all(np.array_equal(a, b) for a, b in zip(before, encoder.get_weights()))
-
-
-@pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "cut in half", "foreign", "dense", "a folder"])
-def test_what_is_no_weights_file_is_one_clear_line(tmp_path, kind):
-    path = tmp_path / "f.h5"
-    checkpoints.save_weights(models.ResNet18(1 / 16), str(path))
-    content = path.read_bytes()
-    if kind == "truncated":
-        path.write_bytes(content[:-1000])
-    elif kind == "cut in half":
-        path.write_bytes(content[:len(content) // 2])
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "text":
-        path.write_text("not weights\n" * 1000)
-    elif kind == "foreign":
-        with h5py.File(str(path), "w") as file:
-            file["images"] = np.zeros(10)
-    elif kind == "dense":
-        model = keras.Sequential([keras.layers.Dense(3, input_shape=(2,))])
-        model.save_weights(str(path), save_format="h5")
-    else:
-        path.unlink()
-        if kind == "a folder":
-            path.mkdir()
-    with pytest.raises(UserError) as caught:
-        checkpoints.load_weights(models.ResNet18(1 / 16), str(path))
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-PYTHONS = [os.environ.get("OTHER_PYTHON"), os.path.join(ROOT, ".venv-tf26/bin/python"), os.path.join(ROOT, ".venv/bin/python")]
-CODE = """
-import sys; sys.path.insert(0, %r)
-import numpy as np, commands, checkpoints, models
-encoder, images = models.ResNet18(1 / 16), np.load(sys.argv[1])
-checkpoints.load_weights(encoder, sys.argv[2])
-np.save(sys.argv[3], encoder(images, training=False).numpy())
-checkpoints.save_weights(encoder, sys.argv[4])
-""" % ROOT
-
-
-def test_files_travel_between_the_tensorflows(tmp_path):
-    """This one's file gives the same features in the other, and what the other then writes gives them here."""
-    other = next((path for path in PYTHONS if path and os.path.exists(path)
-                  and os.path.realpath(os.path.dirname(path)) != os.path.realpath(os.path.dirname(sys.executable))), None)
-    if other is None:
-        pytest.skip("there is no Python with another TensorFlow: OTHER_PYTHON names none, and there is no .venv beside .venv-tf26")
-    encoder = trained_encoder()
-    names = [str(tmp_path / name) for name in ("images.npy", "here.h5", "features.npy", "there.h5")]
-    np.save(names[0], IMAGES)
-    checkpoints.save_weights(encoder, names[1])
-    done = subprocess.run([other, "-B", "-c", CODE] + names, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if b"ModuleNotFoundError" in done.stdout:
-        pytest.skip("%s has not all that the project needs" % other)
-    assert done.returncode == 0, done.stdout.decode()
-    np.testing.assert_allclose(np.load(names[2]), features(encoder), rtol=0, atol=1e-5)
-    back = models.ResNet18(1 / 16)
-    checkpoints.load_weights(back, names[3])
-    np.testing.assert_array_equal(features(back), features(encoder))
 
 
 # Collapse and failure, as a run sees them

@@ -9,12 +9,12 @@ import pytest
 import tensorflow as tf
 from command import run
 
-import checkpoints
 import datasets
 import embed
 import evaluation
 import models
 import npu_config
+import weights as weight_files
 from commands import UserError
 
 # What a frozen encoder is made of: no training operators, no variables, no functions.
@@ -44,7 +44,7 @@ def encoder():
 @pytest.fixture(scope="module")
 def weights(encoder, tmp_path_factory):
     path = str(tmp_path_factory.mktemp("weights") / "f_online_1.h5")
-    checkpoints.save_weights(encoder, path)
+    weight_files.save_weights(encoder, path)
     return path
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from command import run, start
 
-import checkpoints
 import datasets
 import finetuning
 import models
 import npu_config
+import weights as weight_files
 from commands import UserError
 
 
@@ -19,7 +19,7 @@ from commands import UserError
 def weights(tmp_path_factory):
     npu_config.open_device(npu_config.Options(device="cpu")).set_seed(1)
     path = str(tmp_path_factory.mktemp("weights") / "f_online_1.h5")
-    checkpoints.save_weights(models.ResNet18(1 / 16), path)
+    weight_files.save_weights(models.ResNet18(1 / 16), path)
     return path
 
 
@@ -70,8 +70,8 @@ def test_the_whole_network_learns_and_is_saved(main, tmp_path, weights, capsys):
     assert result["steps"] == 20 and result["labels"] in (99, 100, 101)
     assert result["loss"] < 0.2  # ln 2 is chance
     before, after = models.ResNet18(1 / 16), models.ResNet18(1 / 16)
-    checkpoints.load_weights(before, weights)
-    checkpoints.load_weights(after, str(tmp_path / "f_finetuned.h5"))
+    weight_files.load_weights(before, weights)
+    weight_files.load_weights(after, str(tmp_path / "f_finetuned.h5"))
     for weight, other, variable in zip(before.get_weights(), after.get_weights(), after.weights):
         assert np.abs(weight - other).max() > 0, variable.name  # moving statistics included
     assert (tmp_path / "c_finetuned.h5").stat().st_size > 0

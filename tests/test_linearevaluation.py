@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from command import run
 
-import checkpoints
 import datasets
 import evaluation
 import linearevaluation
 import models
 import npu_config
 import schedules
+import weights as weight_files
 from commands import UserError
 
 
@@ -26,7 +26,7 @@ def device():
 def weights(device, tmp_path_factory):
     device.set_seed(1)
     path = str(tmp_path_factory.mktemp("weights") / "f_online_1.h5")
-    checkpoints.save_weights(models.ResNet18(1 / 16), path)
+    weight_files.save_weights(models.ResNet18(1 / 16), path)
     return path
 
 
@@ -71,7 +71,7 @@ def test_the_protocol_trains_the_head_on_crops_and_leaves_the_encoder(main, monk
     assert result["steps"] == 15
     encoder, head = made[0].encoder, made[0].head
     fresh = models.ResNet18(1 / 16)
-    checkpoints.load_weights(fresh, result["config"]["encoder_weights"])
+    weight_files.load_weights(fresh, result["config"]["encoder_weights"])
     for weight, same in zip(encoder.get_weights(), fresh.get_weights()):
         np.testing.assert_array_equal(weight, same)
     data = datasets.load("shapes")

@@ -1,0 +1,199 @@
+"""Weight files that travel: written in the layout of Keras 2's `save_weights`, and read whichever program wrote them.
+
+A file is taken for damaged or hostile until it has shown otherwise: nothing is read before its shape and type are those of
+the network, nothing that lies in another file, and no number that is not finite. Behind the end of the HDF5, where its
+readers do not look, stands the SHA-256 of all that comes before.
+"""
+import collections
+import hashlib
+import io
+import os
+from typing import Any, Dict, Iterable, List, Tuple
+
+import h5py
+import numpy as np
+
+import commands
+from commands import UserError
+from models import keras
+
+SEAL = b"\nsha256 %s\n"
+SEAL_BYTES = len(SEAL % (b"0" * 64))
+LARGEST_ATTRIBUTE = 1 << 20  # bytes; HDF5's own limit for those that Keras writes is 64 kB
+LARGEST_CHUNK = 1 << 22  # numbers of a compressed dataset that are unpacked at once; the largest kernel here has 2.4 million
+
+
+def save_weights(network: Any, path: str) -> None:
+    """Write a network's weights in the layout of Keras 2's `save_weights`, all of it or nothing.
+
+    The file is made in memory: HDF5 that writes to a full disk itself crashes the process (h5py 3, TensorFlow 2.21).
+    """
+    memory = io.BytesIO()
+    with h5py.File(memory, "w") as file:
+        file.attrs.update(layer_names=[layer.name.encode() for layer in network.layers], backend=b"tensorflow",
+                          keras_version=keras.__version__.encode())
+        for layer in network.layers:
+            weights = layer.trainable_weights + layer.non_trainable_weights
+            group = file.create_group(layer.name)
+            group.attrs["weight_names"] = [weight.name.encode() for weight in weights]
+            for weight, value in zip(weights, keras.backend.batch_get_value(weights)):
+                group.create_dataset(weight.name, data=value)
+    content = memory.getvalue()
+    commands.write_atomically(path, content + SEAL % hashlib.sha256(content).hexdigest().encode())
+
+
+def load_weights(network: Any, path: str) -> None:
+    """Read the weights of an encoder from a Keras 2 HDF5 file into `network`: float16, float32 or float64.
+
+    Layers are matched by their order and shape, not by name or nesting, so that files fit which another program's
+    ResNet of the same architecture saved. UserError, and `network` untouched, if the file is not whole, not of this
+    architecture and width, or holds numbers that are not finite.
+    """
+    if not os.path.isfile(path):
+        raise UserError("There is no weights file %s; pretraining.py writes f_online_<epoch>.h5 into its --output_dir." % path)
+    wanted = _layers((weight.name, (weight.name, weight)) for weight in network.trainable_weights + network.non_trainable_weights)
+    try:
+        _check_seal(path)
+        with h5py.File(path, "r") as file:
+            pairs = list(_match(wanted, _layers(_datasets(file))))
+            found = [(weight, name, _array(dataset)) for weight, name, dataset in pairs]
+    except _Misfit as error:
+        raise UserError("%s %s" % (path, _one_line(error)))
+    except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise UserError("%s is not a whole Keras weights file in HDF5 (%s); copy or save it again." % (path, _one_line(error)))
+    for _, name, array in found:
+        if not np.isfinite(array).all():
+            raise UserError("%s is of no use: its weight %s is not finite; take an earlier one." % (path, _one_line(name)))
+    for weight, _, array in found:
+        weight.assign(array)
+
+
+class _Misfit(Exception):
+    """The file is whole, but its weights are not those of the network."""
+
+
+def _one_line(error: Any) -> str:
+    return " ".join(str(error).split())[:300].strip("'\"")
+
+
+# The file
+
+def _check_seal(path: str) -> None:
+    """ValueError if the file ends with a checksum that is not that of what comes before. Other programs write none."""
+    digest, left = hashlib.sha256(), os.path.getsize(path) - SEAL_BYTES
+    with open(path, "rb") as file:
+        file.seek(max(0, left))
+        seal = file.read()
+        if not seal.startswith(SEAL[:8]):
+            return
+        file.seek(0)
+        while left > 0:
+            block = file.read(min(left, 1 << 20))
+            digest.update(block)
+            left -= len(block) or left
+    if seal != SEAL % digest.hexdigest().encode():
+        raise ValueError("it has changed since it was written")
+
+
+def _datasets(file: Any) -> Iterable[Tuple[str, Tuple[str, Any]]]:
+    """(layer/weight, (its name, its h5py.Dataset, of which nothing is read yet)) in the file's order."""
+    root = _item(file, "model_weights", h5py.Group) if file.get("model_weights", getlink=True) else file
+    for group_name in _names(root, "layer_names"):
+        group = _item(root, group_name, h5py.Group)
+        for name in _names(group, "weight_names"):
+            dataset = _item(group, name, h5py.Dataset)
+            _check(dataset)
+            yield "%s|%s" % (group_name, name), (name, dataset)
+
+
+def _item(group: Any, path: str, kind: Any) -> Any:
+    """What is at `path` below `group`; ValueError if it is not of this kind, or if a link leads there, which may leave the file."""
+    for part in path.split("/"):
+        link = group.get(part, getlink=True) if part and isinstance(group, h5py.Group) else None
+        if link is None:
+            raise ValueError("it lacks %s" % path)
+        if not isinstance(link, h5py.HardLink):
+            raise ValueError("%s is a link to elsewhere" % path)
+        group = group[part]
+    if not isinstance(group, kind):
+        raise ValueError("%s is not a %s" % (path, kind.__name__.lower()))
+    return group
+
+
+def _names(item: Any, attribute: str) -> List[str]:
+    declared = item.attrs.get_id(attribute)
+    if np.prod(declared.shape or (), dtype=float) * declared.dtype.itemsize > LARGEST_ATTRIBUTE:
+        raise ValueError("its %s are too large" % attribute)
+    names = item.attrs[attribute]
+    if not isinstance(names, np.ndarray) or not all(isinstance(name, (bytes, str)) for name in names):
+        raise ValueError("its %s are no list of names" % attribute)
+    return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+
+
+def _check(dataset: Any) -> None:
+    """ValueError if it does not hold an array of numbers in the file itself, or one that takes much memory to unpack."""
+    if dataset.is_virtual or dataset.external:
+        raise ValueError("the numbers of %s lie in another file" % dataset.name)
+    if not dataset.shape or dataset.dtype.kind != "f" or dataset.dtype.itemsize > 8:
+        raise ValueError("%s is no array of float16, float32 or float64" % dataset.name)
+    if np.prod(dataset.chunks or 1, dtype=float) > LARGEST_CHUNK:
+        raise ValueError("%s is stored in chunks too large" % dataset.name)
+
+
+def _array(dataset: Any) -> np.ndarray:
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and so refused
+        return np.asarray(dataset[()], np.float32)
+
+
+# Which weight goes where
+
+Layer = Dict[str, Tuple[str, Any]]  # from 'kernel' etc. to a weight's name, and the variable or the h5py.Dataset
+Layers = Tuple[List[Layer], List[Layer]]
+
+
+def _layers(weights: Iterable[Tuple[str, Tuple[str, Any]]]) -> Layers:
+    """(layer/weight, what there is of it) in order -> convolutions in order, and the BatchNorm after each."""
+    by_layer = collections.OrderedDict()  # type: Dict[str, Layer]
+    for path, weight in weights:
+        layer, _, kind = path.rpartition("/")
+        by_layer.setdefault(layer, {})[kind.split(":")[0]] = weight
+    norms = [layer for layer in by_layer.values() if {"gamma", "beta", "moving_mean", "moving_variance"} & set(layer)]
+    return [layer for layer in by_layer.values() if "kernel" in layer or "bias" in layer], norms
+
+
+def _match(wanted: Layers, given: Layers) -> Iterable[Tuple[Any, str, Any]]:
+    """(variable, name in the file, h5py.Dataset) of each weight. _Misfit if they do not fit.
+
+    A block's shortcut may stand before its other convolutions: shapes tell it apart.
+    """
+    ours, theirs = _describe(wanted), _describe(given)
+    if ours != theirs:
+        raise _Misfit("holds the weights of %s, but they are to go into %s: give the --encoder and --width_multiplier that it was "
+                      "made with." % (theirs, ours))
+    for (first, *_), others in zip(wanted, given):
+        for other in others:
+            for kind in set(first) - set(other):
+                some = next(iter(other.values()))[0]
+                raise _Misfit("lacks the weight %s/%s; copy or save it again." % (some.rpartition("/")[0], kind))
+    left = list(zip(*given))
+    for layers in zip(*wanted):
+        place = next((i for i, other in enumerate(left[:3]) if all(map(_same, layers, other))), None)
+        if place is None:
+            raise _Misfit("holds weights whose shapes, from %s on, are not those of %s." % (next(iter(left[0][0].values()))[0], ours))
+        for layer, other in zip(layers, left.pop(place)):
+            for kind, (_, variable) in layer.items():
+                yield (variable,) + other[kind]
+
+
+def _same(layer: Layer, other: Layer) -> bool:
+    return {kind: tuple(item.shape) for kind, (_, item) in layer.items()} == {
+        kind: tuple(item.shape) for kind, (_, item) in other.items()}
+
+
+def _describe(layers: Layers) -> str:
+    """For example: resnet18 with width_multiplier 0.25."""
+    convolutions, norms = layers
+    names = {20: "resnet18", 36: "resnet34"}
+    if len(convolutions) != len(norms) or len(norms) not in names:
+        return "no encoder known here (%d convolutions or dense layers, %d BatchNorms)" % (len(convolutions), len(norms))
+    return "%s with width_multiplier %g" % (names[len(norms)], next(iter(norms[0].values()))[1].shape[-1] / 64)
