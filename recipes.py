@@ -15,8 +15,8 @@ from commands import UserError, flag
 MODELZOO = {
     "crop": "reference", "min_area": 0.08, "flip_probability": 0.25, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1,
     "brightness_multiplies": False, "grey_probability": 0.2, "solarize_probability": 0.0, "head_hidden": 256, "head_features": 128,
-    "optimizer": "adam", "learning_rate": 1e-3, "lr_schedule": "cosine", "warmup_epochs": 0, "momentum": 0.9, "weight_decay": 1e-4, "trust_coefficient": 1e-3,
-    "target_momentum": 0.99, "target_momentum_schedule": "constant"}  # type: Dict[str, Any]
+    "optimizer": "adam", "learning_rate": 1e-3, "lr_schedule": "cosine", "warmup_epochs": 0, "momentum": 0.9, "weight_decay": 1e-4,
+    "trust_coefficient": 1e-3, "target_momentum": 0.99, "target_momentum_schedule": "constant"}  # type: Dict[str, Any]
 RECIPES = {
     "modelzoo": MODELZOO,
     "reference": dict(MODELZOO, lr_schedule="constant", weight_decay=0.0),  # byol-tensorflow2

@@ -126,7 +126,8 @@ class Run:
         if self.device.is_chief:
             self.curves = progress.Curves(self.path("logs"), self.step)
             if self.step == 0:
-                png, height, width = progress.views_png(self.data.train_images, self.config.seed, self.config.views(), self.device.host())
+                png, height, width = progress.views_png(self.data.train_images, self.config.seed, self.config.views(),
+                                                        self.device.host())
                 commands.write_atomically(self.path("views.png"), png)
                 self.curves.image(0, "views", png, height, width)
         with self._settled():

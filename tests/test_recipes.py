@@ -1,0 +1,92 @@
+"""Recipes of settings: what each sets, which flag wins, and that each trains, goes on, and fits an Ascend 910."""
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from command import pretrain
+
+import npu_config
+import pretraining
+import recipes
+from augmentation import Views
+from commands import UserError
+from devices import graph_check
+
+EVERYTHING = dict(crop="area", min_area=0.2, flip_probability=0.5, brightness=0.3, contrast=0.3, saturation=0.2, hue=0.05,
+                  brightness_multiplies=True, grey_probability=0.1, solarize_probability=0.2, head_hidden=64, head_features=32,
+                  optimizer="lars", learning_rate=0.1, lr_schedule="constant", warmup_epochs=1, momentum=0.8, weight_decay=1e-5,
+                  trust_coefficient=0.02, target_momentum=0.97, target_momentum_schedule="cosine")
+
+
+def test_every_recipe_sets_everything():
+    names = {field.name for field in dataclasses.fields(recipes.Recipe)} - {"recipe"}
+    assert all(set(settings) == names for settings in recipes.RECIPES.values()) and set(EVERYTHING) == names
+    for field in dataclasses.fields(recipes.Recipe):
+        assert field.default is None or field.name == "recipe"
+    assert not [name for name, value in EVERYTHING.items() if value == recipes.MODELZOO[name]]
+
+
+def test_the_default_is_as_it_was():
+    config = pretraining.Config()
+    assert config.views() == Views() and config.recipe == "modelzoo"
+    assert (config.learning_rate, config.lr_schedule, config.weight_decay, config.momentum, config.target_momentum) == (
+        1e-3, "cosine", 1e-4, 0.9, 0.99)
+
+
+def test_what_is_given_wins():
+    config = pretraining.Config(recipe="reference", weight_decay=0.5)
+    assert (config.lr_schedule, config.weight_decay, config.learning_rate) == ("constant", 0.5, 1e-3)
+    assert dataclasses.replace(config, batch_size=4).weight_decay == 0.5
+    assert pretraining.Config(recipe="reference", lr_schedule="cosine").lr_schedule == "cosine"
+    with pytest.raises(UserError, match="--recipe is 'imagenet'; give one of modelzoo, reference"):
+        pretraining.Config(recipe="imagenet")
+
+
+def test_flags_and_config_json(tmp_path):
+    status, out, error = pretrain(tmp_path, "--recipe=reference", "--momentum=0.5", "--max_steps=1", forked=True)
+    assert status == 0, error
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["recipe"], config["lr_schedule"], config["weight_decay"], config["momentum"]) == ("reference", "constant", 0, 0.5)
+
+
+def test_all_settings_at_once_train_and_go_on(tmp_path):
+    """The same losses in one run and in two, with every setting other than by default."""
+    flags = ["--%s=%s" % item for item in EVERYTHING.items()] + ["--num_epochs=2", "--batch_size=1000"]
+    for folder, steps in (("one", (4,)), ("two", (1, 4))):
+        for step in steps:
+            status, out, error = pretrain(tmp_path / folder, *flags, "--max_steps=%d" % step, forked=True)
+            assert status == 0, error
+    assert "Shape of z: (256, 32)" in out and "Resuming from step 1" in out
+    one, two = ((tmp_path / folder / "losses.txt").read_text() for folder in ("one", "two"))
+    assert one == two and one.count("\n") == 4 and all(0 < float(loss) < 4 for loss in one.split())
+
+
+def test_sgd_says_so(tmp_path):
+    status, out, error = pretrain(tmp_path, "--optimizer=sgd", "--learning_rate=0.08", "--max_steps=1", forked=True)
+    assert status == 0 and "Using SGD optimizer with learning rate 0.01." in out, error
+
+
+def test_no_epoch_is_left():
+    with pytest.raises(UserError, match="--warmup_epochs 3 leaves none of --num_epochs 3"):
+        pretraining.consistent(pretraining.Config(warmup_epochs=3, num_epochs=3))
+
+
+def test_the_targets_momentum_rises(monkeypatch):
+    """Of one step: target = m * target + (1 - m) * online, with m as of the step."""
+    config = pretraining.Config(device="cpu", width_multiplier=1 / 64, batch_size=4, target_momentum=0.5, learning_rate=0.0,
+                                target_momentum_schedule="cosine")
+    learner = pretraining.Byol(config, npu_config.open_device(config), total_steps=4, loop_size=1)
+    kernel, target = learner.g_online.hidden.kernel, learner.g_target.hidden.kernel
+    for step, momentum in ((0, 0.5), (2, 0.75), (4, 1.0)):
+        learner.step.assign(step)
+        before = target.numpy()
+        learner._update_target()
+        np.testing.assert_allclose(target.numpy(), momentum * before + (1 - momentum) * kernel.numpy(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"recipe": name} for name in sorted(recipes.RECIPES)] + [EVERYTHING])
+def test_an_ascend_takes_the_loop_whole(settings):
+    config = pretraining.Config(width_multiplier=1 / 16, batch_size=8, **settings)
+    report = graph_check.examine(pretraining.trace(config))
+    assert report.loop == "npu-loop" and not report.problems
