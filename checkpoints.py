@@ -1,89 +1,82 @@
-"""The training state to resume from.
+"""The training state on disk, from which a run goes on to the bit.
 
-A checkpoint is TensorFlow's own, in the folder `checkpoints`, plus a file of SHA-256 sums that is written last. So
-one without sums was cut off while it was written, and one whose sums do not fit is damaged; neither is used.
+The checkpoint of a step is TensorFlow's own, ckpt-<step>.index and .data-*, in which each tensor has its checksum. Beside it
+stands ckpt-<step>.json with the run's History and checksums of the index and of itself. It is written last: without it a
+checkpoint is not finished. The folder is marked as this program's, and only what bears such names in it is ever removed.
 """
 import contextlib
 import glob
-import hashlib
 import json
 import os
 import re
 import shutil
-from typing import Any, Container, Dict, List, Optional
+import zlib
+from typing import Any, Container, Dict, Iterator, List, Optional, Sequence
 
-import numpy as np
 import tensorflow as tf
 from absl import logging
 
 import commands
 from commands import UserError
 
-SUMS = ".sha256.json"
-RESULTS = ("config.json", "losses.txt", "metrics.json", "result.json", "views.png", "checkpoints")
+MARK = "about-this-folder.txt"
+MARK_TEXT = "Training checkpoints of pretraining.py (BYOL), which removes files named ckpt-<number> from here as it goes on.\n"
+SUMS = ".sha256.json"  # instead of .json in the layout before this one, which had the History among the tensors
+HISTORY = "history/.ATTRIBUTES/py_state"  # and there by this name
+FILES = re.compile(r"(?:\.tmp-\w{8}-)?ckpt-(0|[1-9][0-9]*)(_temp|(\.index|\.data-\d+-of-\d+)(\.tempstate\d+)?|(\.sha256)?\.json)$"
+                   r"|checkpoint(\.tmp\w*)?$")  # the latter is a list that TensorFlow kept in the layout before
+RESULTS = r"(config\.json|losses\.txt|metrics\.json|result\.json|views\.png|f_online_(step_)?\d+\.h5)$"
+CURVES = os.path.join("logs", "events.out.tfevents.*.byol")  # as progress.Curves names them
+OUR_SETTINGS = {"encoder", "target_momentum", "images_crc"}  # in its config.json, and hardly in another's
+DAMAGE = (OSError, ValueError, LookupError, TypeError, RuntimeError, AssertionError, tf.errors.OpError)  # how it may show
 
 
-class History(tf.train.experimental.PythonState):
-    """What a run has seen so far: every batch's loss, the figures of each log line, each k-NN accuracy. Saved as JSON."""
+class History:
+    """What a run has seen so far: every batch's loss, the figures of each log line, each k-NN accuracy."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.losses = []  # type: List[float]
         self.log = []  # type: List[Dict[str, float]]
         self.knn = []  # type: List[Dict[str, float]]
 
-    def serialize(self) -> str:
-        return json.dumps({"losses": self.losses, "log": self.log, "knn": self.knn})
 
-    def deserialize(self, string_value: Any) -> None:
-        text = string_value.decode() if isinstance(string_value, bytes) else string_value
-        self.__dict__.update(json.loads(text))
+@tf.function
+def all_finite(variables: Sequence[tf.Variable]) -> tf.Tensor:
+    """Whether all numbers of all these are finite: a bool scalar. One graph, made at the first call with these variables."""
+    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(variable)) for variable in variables])
 
 
 class Checkpoints:
     """The training state on disk: `save` it, `restore` the newest that is whole.
 
-    state: name -> trackable object (tf.Module, optimiser, Variable, History), all of it restored to the bit.
+    state: name -> trackable object (tf.Module, optimiser, Variable), all of it, and `history`, restored to the bit.
     """
 
     def __init__(self, folder: str, state: Dict[str, Any], history: History, keep: int) -> None:
-        state = dict(state, history=history)
-        os.makedirs(folder, exist_ok=True)
-        self._folder = folder
-        self._keep = keep
+        self._folder, self._history, self._keep = folder, history, keep
         self._checkpoint = tf.train.Checkpoint(**state)
-        # The manager drops old ones before the new one's sums vouch for it, so it must have none to drop: `save` does.
-        most = max(keep, len(finished(folder))) + 1
-        try:
-            self._manager = tf.train.CheckpointManager(self._checkpoint, folder, max_to_keep=most)
-        except (ValueError, tf.errors.OpError):  # TensorFlow's own list of checkpoints is damaged; the sums are what counts here
-            os.remove(os.path.join(folder, "checkpoint"))
-            self._manager = tf.train.CheckpointManager(self._checkpoint, folder, max_to_keep=most)
 
     def save(self, step: int) -> str:
         """Write the state as of `step` and drop the oldest beyond `keep`. UserError if the disk will not take it."""
+        own(self._folder)
         path = os.path.join(self._folder, "ckpt-%d" % step)
+        # One of this step or a later one is damaged: had it been whole, the run would have gone on from it.
+        before = [number for number in map(_step, finished(self._folder)) if number < step]
         try:
-            if os.path.exists(path + SUMS):  # a damaged one, or this run would not be at this step again
-                os.remove(path + SUMS)
-            self._manager.save(checkpoint_number=step)
-            files = [name for name in sorted(glob.glob(glob.escape(path) + ".*"))
-                     if re.search(r"\.(index|data-\d+-of-\d+)$", name)]
-            for name in files:  # on the disk, not only in its cache, before the sums vouch for them
+            _remove(self._folder, before)
+            with _for_tensorflow(path) as prefix:
+                self._checkpoint.write(prefix)
+            for name in glob.glob(glob.escape(path) + ".*"):  # on the disk, not only in its cache, before the JSON vouches for it
                 with open(name, "rb+") as file:
                     os.fsync(file.fileno())
-            commands.write_json(path + SUMS, {os.path.basename(name): _sha256(name) for name in files})
+            commands.write_atomically(path + ".json", _sealed({"history": vars(self._history), "index": _crc_of_index(path)}))
         except (OSError, UserError, tf.errors.OpError) as error:
             with contextlib.suppress(OSError):
-                remove_unfinished(self._folder)
-            raise UserError("Could not write the checkpoint of step %d into %s (%s); the earlier ones are whole. Make room, "
-                            "then start the same command again." % (step, self._folder, _first_line(error)))
-        # One of a later step is damaged: had it been whole, the run would have gone on from it.
-        numbers = [number for number in map(_step, finished(self._folder)) if number <= step]
-        for other in finished(self._folder):
-            if _step(other) not in numbers[:self._keep]:
-                os.remove(other + SUMS)
-        remove_unfinished(self._folder)
+                _remove(self._folder, before)
+            raise UserError("Could not write the checkpoint of step %d into %s (%s); %s. Make room, then start the same command again."
+                            % (step, self._folder, _first_line(error),
+                               "the earlier ones are whole" if before else "there is none from before"))
+        _remove(self._folder, [step] + before[:self._keep - 1])
         return path
 
     def restore(self) -> Optional[str]:
@@ -93,111 +86,164 @@ class Checkpoints:
         """
         found = finished(self._folder)
         for path in found:
-            problem = _damage(path)
-            if problem is None:
-                self._checkpoint.restore(path).assert_consumed()
+            try:
+                content = _vouched(path)
+                with _for_tensorflow(path) as prefix:
+                    if "history" not in content:
+                        content["history"] = json.loads(tf.train.load_checkpoint(prefix).get_tensor(HISTORY))
+                    self._checkpoint.read(prefix).assert_existing_objects_matched().expect_partial()
+                vars(self._history).update(content["history"])
                 return path
-            logging.warning("The checkpoint %s is damaged (%s); trying the one before it.", path, problem)
+            except DAMAGE as error:
+                logging.warning("The checkpoint %s is damaged (%s); trying the one before it.", path, _first_line(error))
         if found:
             raise UserError("None of the %d checkpoints in %s is whole; restore them from a copy, or start anew with "
                             "--noresume --overwrite." % (len(found), self._folder))
         return None
 
 
-def all_finite(variables: Any) -> bool:
-    """Whether all of them are finite."""
-    return all(bool(np.isfinite(variable.numpy()).all()) for variable in variables)
-
-
-def remove_unfinished(folder: str) -> None:
-    """Remove from the folder `checkpoints` what belongs to none that was finished, as a write leaves it that was cut off."""
-    whole = {os.path.basename(path) for path in finished(folder)}
-    for name in os.listdir(folder):
-        match = re.match(r"(ckpt-\d+)(\.index|\.data-\d+-of-\d+|%s)$" % re.escape(SUMS), name)
-        ours = name.startswith(("ckpt-", ".tmp-", "checkpoint.tmp"))
-        if ours and not (match and match.group(1) in whole):
-            remove(os.path.join(folder, name))
-
-
 def claim_folder(output_dir: str, settings: Dict[str, Any], free: Container[str], resume: bool, overwrite: bool) -> None:
-    """Write config.json; UserError if the folder holds a run that this one must neither continue nor overwrite.
+    """Write config.json; UserError if the folder holds a run that this one must neither continue nor overwrite, or another's files.
 
     settings: all that the run is made with; those named in `free` may differ from those of the run to continue.
     """
-    path = os.path.join(output_dir, "config.json")
-    folder = os.path.join(output_dir, "checkpoints")
+    try:
+        output_dir.encode()
+    except UnicodeEncodeError:
+        raise UserError("The name of the folder %a is not UTF-8, or not so in this locale, and TensorFlow cannot write there; choose "
+                        "another --output_dir, or set LC_ALL=C.UTF-8." % output_dir)
+    path, folder = os.path.join(output_dir, "config.json"), os.path.join(output_dir, "checkpoints")
+    before, begun, done = _settings(path), _is_ours(folder), finished(folder)
+    results = sorted(name for name in os.listdir(output_dir) if re.match(RESULTS, name))
+    if results and not (before or begun):
+        raise UserError("%s holds %s, but no config.json that shows them to be of a run of this program; move them away, or choose "
+                        "another --output_dir." % (output_dir, ", ".join(results)))
     if not resume:
-        results = sorted(name for name in os.listdir(output_dir) if name in RESULTS or name.startswith("f_online_"))
-        if results and not overwrite:
+        if (results or begun) and not overwrite:
             raise UserError("--noresume, but %s holds an earlier run (%s); add --overwrite, or choose another --output_dir."
-                            % (output_dir, ", ".join(results)))
-        curves = glob.glob(os.path.join(glob.escape(output_dir), "logs", "events.out.tfevents.*"))
-        for name in curves + [os.path.join(output_dir, name) for name in results]:
-            remove(name)
-    elif not os.path.isdir(folder) or not finished(folder):
-        if os.path.exists(os.path.join(output_dir, "losses.txt")):  # which comes after the first checkpoint
-            raise UserError("%s has the losses.txt of an earlier run, but no finished checkpoint to go on from; restore the folder "
-                            "checkpoints from a copy, choose another --output_dir, or start anew with --noresume --overwrite."
-                            % output_dir)
-    else:
-        try:
-            with open(path) as file:
-                before = dict(json.load(file))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError("%s cannot be read (%s), so this run cannot tell whether it may go on from the checkpoints beside it; "
-                            "restore it, or start anew with --noresume --overwrite." % (path, _first_line(error)))
+                            % (output_dir, ", ".join(results + ["checkpoints"] * begun)))
+        for name in glob.glob(os.path.join(glob.escape(output_dir), CURVES)) + [os.path.join(output_dir, name) for name in results]:
+            os.remove(name)
+    elif not done and "losses.txt" in results:  # which comes after the first checkpoint
+        raise UserError("%s has the losses.txt of an earlier run, but no finished checkpoint to go on from; restore the folder "
+                        "checkpoints from a copy, choose another --output_dir, or start anew with --noresume --overwrite."
+                        % output_dir)
+    elif done and not before:
+        raise UserError("%s is gone, so this run cannot tell whether it may go on from the checkpoints beside it; restore it, or "
+                        "start anew with --noresume --overwrite." % path)
+    elif done:
         differing = ["%s was %s, is %s" % (name, before.get(name), settings[name])
                      for name in sorted(settings) if name not in free and before.get(name) != settings[name]]
         if differing:
             raise UserError("The run in %s was made with other settings (%s); give the same, or choose another --output_dir."
                             % (output_dir, "; ".join(differing)))
+    own(folder)
+    _remove(folder, list(map(_step, done)) if resume else [])
     for name in os.listdir(output_dir):  # what a run that was killed had not finished
-        if re.match(r"\.tmp-\w{8}-(%s|f_online_\w+\.h5)$" % "|".join(map(re.escape, RESULTS)), name):
+        if re.match(r"\.tmp-\w{8}-" + RESULTS, name):
             os.remove(os.path.join(output_dir, name))
-    if os.path.isdir(folder):
-        remove_unfinished(folder)
     commands.write_json(path, settings)
 
 
-def remove(path: str) -> None:
-    """Remove a file, or a folder with all that it holds."""
-    if os.path.isdir(path):
-        shutil.rmtree(path)
-    else:
-        os.remove(path)
+def own(folder: str) -> None:
+    """Make `folder` for checkpoints and mark it as this program's. UserError if it holds what another has written."""
+    if not os.path.exists(os.path.join(folder, MARK)):
+        _is_ours(folder)
+        os.makedirs(folder, exist_ok=True)
+        commands.write_atomically(os.path.join(folder, MARK), MARK_TEXT)
 
 
 def finished(folder: str) -> List[str]:
-    """Paths of the checkpoints in `folder` that were written to their end, newest first."""
-    names = [name[:-len(SUMS)] for name in os.listdir(folder) if re.match(r"ckpt-\d+%s$" % re.escape(SUMS), name)]
-    return sorted((os.path.join(folder, name) for name in names), key=_step, reverse=True)
+    """Paths of the checkpoints in `folder` that were written to their end, newest first; none if there is no folder."""
+    matches = map(re.compile(r"(ckpt-(?:0|[1-9][0-9]*))(\.sha256)?\.json$").match, os.listdir(folder) if os.path.isdir(folder) else [])
+    return sorted({os.path.join(folder, match.group(1)) for match in matches if match}, key=_step, reverse=True)
+
+
+def _settings(path: str) -> Dict[str, Any]:
+    """What an earlier run wrote as config.json, {} if there is none. UserError if it is damaged or another program's."""
+    try:
+        with open(path) as file:
+            settings = dict(json.load(file))
+        if OUR_SETTINGS <= set(settings):
+            return settings
+        problem = "it lacks " + ", ".join(sorted(OUR_SETTINGS - set(settings)))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        problem = _first_line(error)
+    raise UserError("%s is damaged, or not of a run of this program (%s); restore it or move it away, or choose another --output_dir."
+                    % (path, problem))
+
+
+def _is_ours(folder: str) -> bool:
+    """Whether `folder` is marked as this program's or holds a checkpoint of it; UserError if it holds anything else."""
+    names = sorted(name for name in os.listdir(folder) if not name.startswith(".")) if os.path.isdir(folder) else []
+    if MARK in names or not names:
+        return bool(names)
+    done = finished(folder)
+    steps = {int(match.group(1)) for match in map(FILES.match, names) if match and match.group(1)}
+    for path in done if steps == set(map(_step, done)) else []:  # what was cut off in an unmarked folder may be another's
+        with contextlib.suppress(*DAMAGE):
+            _vouched(path)
+            return True
+    raise UserError("%s holds files that this program is not known to have written (%s); move them away, or choose another "
+                    "--output_dir." % (folder, ", ".join(names[:5] + ["..."] * (len(names) > 5))))
+
+
+def _remove(folder: str, keep: Container[int]) -> None:
+    """Remove from `folder` what this program has written there, except checkpoints of the steps `keep`."""
+    for name in sorted(os.listdir(folder), key=lambda name: not name.endswith(".json")):  # what vouches for the others first
+        match = FILES.match(name)
+        if match and int(match.group(1) or -1) not in keep:
+            path = os.path.join(folder, name)
+            if os.path.isdir(path):
+                shutil.rmtree(path)
+            else:
+                os.remove(path)
 
 
 def _step(path: str) -> int:
     return int(path.rpartition("-")[2])
 
 
-def _damage(path: str) -> Optional[str]:
-    """What is wrong with the checkpoint at `path`, or None."""
+def _sealed(content: Dict[str, Any]) -> str:
+    """JSON of `content` and its checksum."""
+    text = json.dumps(content)
+    return '{"crc32": %d, "content": %s}\n' % (zlib.crc32(text.encode()), text)
+
+
+def _vouched(path: str) -> Dict[str, Any]:
+    """What the JSON of the checkpoint at `path` holds: no history in the layout before. One of DAMAGE if it is not whole."""
+    old = not os.path.exists(path + ".json")
+    with open(path + (SUMS if old else ".json")) as file:
+        text = file.read()
+    content = json.loads(text)
+    if old:
+        return {"sha256": content[os.path.basename(path) + ".index"]}
+    if _sealed(content["content"]) != text:
+        raise ValueError("its JSON has changed since it was written")
+    if content["content"]["index"] != _crc_of_index(path):
+        raise ValueError("its index has changed since it was written")
+    return dict(content["content"])
+
+
+def _crc_of_index(path: str) -> int:
+    with open(path + ".index", "rb") as file:
+        return zlib.crc32(file.read())
+
+
+@contextlib.contextmanager
+def _for_tensorflow(path: str) -> Iterator[str]:
+    """A name for `path` without what is in its folder's: TensorFlow takes [ and * there for patterns."""
+    folder, name = os.path.split(path)
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        with open(path + SUMS) as file:
-            sums = json.load(file)
-        for name, expected in sums.items():
-            if _sha256(os.path.join(os.path.dirname(path), name)) != expected:
-                return "%s has changed since it was written" % name
-        return None if sums else "its list of sums is empty"
-    except (OSError, ValueError, AttributeError) as error:
-        return _first_line(error)
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 22), b""):
-            digest.update(block)
-    return digest.hexdigest()
+        plain = "/proc/self/fd/%d" % handle
+        yield os.path.join(plain if os.path.isdir(plain) else folder, name)
+    finally:
+        os.close(handle)
 
 
 def _first_line(error: BaseException) -> str:
-    text = re.sub(r"^\{\{.*?\}\} ?", "", str(error).strip())  # TensorFlow begins with the node that failed
+    text = re.sub(r"^\{\{.*?\}\} ?|/proc/self/fd/\d+/", "", str(error).strip())  # TensorFlow begins with the node that failed
     return text.split("\n")[0] or type(error).__name__

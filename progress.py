@@ -105,7 +105,7 @@ class Curves:
 
     def __init__(self, folder: str, first_step: int) -> None:
         os.makedirs(folder, exist_ok=True)
-        name = "events.out.tfevents.%d.%s.%d" % (time.time(), socket.gethostname(), os.getpid())
+        name = "events.out.tfevents.%d.%s.%d.byol" % (time.time(), socket.gethostname(), os.getpid())
         self._file = tf.io.TFRecordWriter(os.path.join(folder, name))  # type: Any
         self._write(0, file_version="brain.Event:2")
         start = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)

@@ -1,9 +1,14 @@
-"""The training state on disk: to the bit, rotated, damaged, cut off."""
+"""The training state on disk: to the bit, rotated, damaged, cut off, from the version before, and beside other programs' files."""
+import json
+import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from command import begin_tiny, completed, steps_done
+from tensorflow.python.framework import func_graph
 
 import checkpoints
 import models
@@ -20,7 +25,7 @@ class Small:
     def __init__(self, folder, keep=5):
         self.folder = folder
         self.weight, self.history = tf.Variable(np.zeros(1000, np.float32)), checkpoints.History()
-        self.kept = checkpoints.Checkpoints(str(folder), {"weight": self.weight, "history": self.history}, keep)
+        self.kept = checkpoints.Checkpoints(str(folder), {"weight": self.weight}, self.history, keep)
 
     def save(self, step):
         self.weight.assign(np.full(1000, step, np.float32))
@@ -55,9 +60,9 @@ def test_the_whole_state_comes_back_to_the_bit(tmp_path):
     first.optimizer._loss_scale.current_loss_scale.assign(4096.0)
     first.optimizer._loss_scale.counter.assign(17)
     history.losses, history.log, history.knn = [0.1, 1 / 3], [{"step": 2, "loss": 1 / 3}], [{"epoch": 0, "accuracy": 0.1}]
-    checkpoints.Checkpoints(str(tmp_path), dict(first.state(), history=history), 1).save(2)
+    checkpoints.Checkpoints(str(tmp_path), first.state(), history, 1).save(2)
     second, again = learner(True), checkpoints.History()
-    assert checkpoints.Checkpoints(str(tmp_path), dict(second.state(), history=again), 1).restore().endswith("ckpt-2")
+    assert checkpoints.Checkpoints(str(tmp_path), second.state(), again, 1).restore().endswith("ckpt-2")
     assert len(second.optimizer.variables()) == 2 * len(second.online_weights) + 1
     pairs = list(zip(first.variables, second.variables)) + list(zip(inner, second.optimizer.variables()))
     for mine, other in pairs:
@@ -93,14 +98,18 @@ def test_one_that_was_cut_off_is_ignored_and_removed(tmp_path, keep):
     Small(tmp_path, keep).save(5)
     (tmp_path / "ckpt-10_temp").mkdir()
     for name in ("ckpt-10_temp/part-0", "ckpt-10.index", "ckpt-10.data-00000-of-00001", "ckpt-10.index.tempstate1",
-                 "checkpoint.tmp12", ".tmp-abcdefgh-ckpt-10.sha256.json"):
+                 "checkpoint", "checkpoint.tmp12", ".tmp-abcdefgh-ckpt-10.json", ".tmp-abcdefgh-ckpt-10.sha256.json"):
         (tmp_path / name).write_bytes(b"half")
-    (tmp_path / "mine.txt").write_text("not ours")
+    others = ["mine.txt", "ckpt-final.pt", "ckpt-1.pt", "ckpt-7.index.bak", "ckpt.index", "ckpt-07.index", "checkpoint.txt", ".tmp-x"]
+    for name in others:
+        (tmp_path / name).write_text("not ours")
+    (tmp_path / "ckpt-best").mkdir()
     assert restored_step(tmp_path) == 5
-    checkpoints.remove_unfinished(str(tmp_path))
-    left = sorted(path.name for path in tmp_path.iterdir() if ".data-" not in path.name)
-    assert left == ["checkpoint", "ckpt-5.index", "ckpt-5.sha256.json", "mine.txt"]
-    assert not list(tmp_path.glob("ckpt-10*")) and list(tmp_path.glob("ckpt-5.data-*"))
+    Small(tmp_path, keep).save(6)
+    left = {path.name for path in tmp_path.iterdir()} - set(others) - {"ckpt-best", checkpoints.MARK}
+    assert left == {"ckpt-%d%s" % (step, ending) for step in (5, 6)[-keep:]
+                    for ending in (".index", ".data-00000-of-00001", ".json")}
+    assert all((tmp_path / name).read_text() == "not ours" for name in others) and (tmp_path / "ckpt-best").is_dir()
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -109,17 +118,22 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_one(tmp_path, monkeypatch
     class Killed(BaseException):
         pass
 
-    def stop(*arguments, **named):
-        raise Killed
-
     Small(tmp_path, keep).save(5)
-    for target, name in ((tf.train.CheckpointManager, "save"), (checkpoints, "_sha256"), (checkpoints.commands, "write_json"),
-                         (checkpoints, "remove_unfinished")):
+    for target, name, at in ((checkpoints, "_remove", 1), (tf.train.Checkpoint, "write", 1), (checkpoints, "_crc_of_index", 1),
+                             (checkpoints.commands, "write_atomically", 1), (checkpoints, "_remove", 2)):
+        calls, real = [], getattr(target, name)
+
+        def stop(*arguments, calls=calls, real=real, at=at):
+            calls.append(1)
+            if len(calls) == at:
+                raise Killed
+            return real(*arguments)
+
         with monkeypatch.context() as patch:
             patch.setattr(target, name, stop)
             with pytest.raises(Killed):
                 Small(tmp_path, keep).save(10)
-        assert restored_step(tmp_path) == (10 if name == "remove_unfinished" else 5)
+        assert restored_step(tmp_path) == (10 if at == 2 else 5)
 
 
 def test_none_is_none(tmp_path):
@@ -139,29 +153,58 @@ def damage(path, how):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
 
 
-@pytest.mark.parametrize("ending", ["data-*", "index", "sha256.json"])
+@pytest.fixture
+def warned(monkeypatch):
+    """What was warned of."""
+    messages = []
+    monkeypatch.setattr(checkpoints.logging, "warning", lambda text, *values: messages.append(text % values))
+    return messages
+
+
+@pytest.mark.parametrize("ending", ["data-*", "index", "json"])
 @pytest.mark.parametrize("how", ["gone", "short", "empty", 0.0, 0.3, 0.5, 0.9])
-def test_a_damaged_one_is_named_and_the_one_before_used(tmp_path, monkeypatch, ending, how):
+def test_a_damaged_one_is_named_and_the_one_before_used(tmp_path, warned, ending, how):
     small = Small(tmp_path)
     small.save(5)
     small.save(10)
-    path = sorted(tmp_path.glob("ckpt-10." + ending))[-1]  # TensorFlow 2.6.5 makes two shards
-    damage(path, how)
-    before = path.exists() and path.read_bytes()
-    if ending == "sha256.json" and how == "gone":  # no different from one that was not finished
-        assert restored_step(tmp_path) == 5
-        return
-    messages = []
-    monkeypatch.setattr(checkpoints.logging, "warning", lambda text, *values: messages.append(text % values))
-    step = restored_step(tmp_path)
-    if ending == "sha256.json" and how == "short":  # its last line's end: the sums are all there
-        assert step == 10 and before
-        return
-    assert step == 5 and len(messages) == 1 and "ckpt-10 is damaged" in messages[0]
+    damage(next(tmp_path.glob("ckpt-10." + ending)), how)
+    assert restored_step(tmp_path) == 5
+    if ending == "json" and how == "gone":  # no different from one that was not finished
+        assert not warned
+    else:
+        assert len(warned) == 1 and "ckpt-10 is damaged" in warned[0] and "/proc/" not in warned[0]
     again = Small(tmp_path)
     again.kept.restore()
     again.save(7)  # the damaged one is of a later step; it must not outlive this one
     assert again.steps() == [5, 7] and restored_step(tmp_path) == 7
+
+
+def test_every_changed_byte_of_every_file_is_noticed(tmp_path, warned):
+    small = Small(tmp_path)
+    small.save(5)
+    small.save(10)
+    files = sorted(tmp_path.glob("ckpt-10.*"))
+    assert [path.suffix[:5] for path in files] == [".data", ".inde", ".json"]
+    for path in files:
+        content = path.read_bytes()
+        places = list(range(0, len(content), len(content) // 60)) + list(range(len(content) - 48, len(content)))  # the index's footer
+        for place in places:
+            path.write_bytes(content[:place] + bytes([content[place] ^ (1 << place % 8)]) + content[place + 1:])
+            warned.clear()
+            assert restored_step(tmp_path) == 5 and len(warned) == 1, (path.name, place)
+        path.write_bytes(content)
+    assert restored_step(tmp_path) == 10
+
+
+def test_files_of_different_steps_do_not_make_one(tmp_path, warned):
+    small = Small(tmp_path)
+    for step in (5, 10, 15):
+        small.save(step)
+    for ending in (".index", ".data-00000-of-00001"):
+        shutil.copy(str(tmp_path / ("ckpt-5" + ending)), str(tmp_path / ("ckpt-15" + ending)))
+    assert restored_step(tmp_path) == 10 and "its index has changed" in warned[0]
+    shutil.copy(str(tmp_path / "ckpt-5.data-00000-of-00001"), str(tmp_path / "ckpt-10.data-00000-of-00001"))
+    assert restored_step(tmp_path) == 5
 
 
 def test_none_good_is_an_error(tmp_path):
@@ -171,15 +214,211 @@ def test_none_good_is_an_error(tmp_path):
         restored_step(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage {", b"\xff\xfe", b'model_checkpoint_path: "/nowhere/ckpt-3"\n'])
-def test_tensorflows_own_list_may_be_damaged(tmp_path, content):
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_full_disk_is_told_as_it_is(tmp_path, monkeypatch, earlier):
+    small = Small(tmp_path)
+    if earlier:
+        small.save(5)
+
+    def full(checkpoint, prefix):
+        with open(prefix + ".index", "w"):
+            raise tf.errors.ResourceExhaustedError(None, None, prefix + ".index; No space left on device")
+
+    monkeypatch.setattr(tf.train.Checkpoint, "write", full)
+    with pytest.raises(UserError) as caught:
+        small.save(10)
+    assert ("the earlier ones are whole" in str(caught.value)) == earlier
+    assert "(ckpt-10.index; No space left on device)" in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert restored_step(tmp_path) == (5 if earlier else None) and not list(tmp_path.glob("ckpt-10*"))
+
+
+def test_a_second_save_makes_no_graph(tmp_path, monkeypatch):
+    """On a device such a graph stays until the process ends."""
+    made, real = [], func_graph.FuncGraph.__init__
+
+    def counted(graph, name, *arguments, **settings):
+        made.append(name)
+        real(graph, name, *arguments, **settings)
+
+    monkeypatch.setattr(func_graph.FuncGraph, "__init__", counted)
+    state, history = learner(True), checkpoints.History()
+    kept = checkpoints.Checkpoints(str(tmp_path), state.state(), history, 2)
+    kept.save(1)
+    made.clear()
+    kept.save(2)
+    kept.save(3)
+    assert made == []
+    for _ in range(3):
+        assert checkpoints.all_finite(state.f_online.weights)
+    assert len([name for name in made if "all_finite" in name]) == 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_found_in_any_variable(value):
+    variables = [tf.Variable(np.zeros(shape, np.float32)) for shape in ((), (3,), (2, 2, 2))]
+    assert checkpoints.all_finite(variables)
+    for variable in variables:
+        variable.assign(np.full(variable.shape, value))
+        assert not checkpoints.all_finite(variables)
+        variable.assign(np.zeros(variable.shape))
+    assert checkpoints.all_finite(variables)
+
+
+# Folders of the version before
+
+class OldHistory(tf.train.experimental.PythonState):
+    def __init__(self, history):
+        super().__init__()
+        self.history = history
+
+    def serialize(self):
+        return json.dumps(vars(self.history))
+
+    def deserialize(self, string_value):
+        raise AssertionError("only written here")
+
+
+def save_as_before(small, steps):
+    """The History among the tensors, TensorFlow's manager, and sums that vouch for the files."""
+    state = tf.train.Checkpoint(weight=small.weight, history=OldHistory(small.history))
+    manager = tf.train.CheckpointManager(state, str(small.folder), max_to_keep=9)
+    for step in steps:
+        small.weight.assign(np.full(1000, step, np.float32))
+        small.history.losses = [1 / 3] * step
+        manager.save(checkpoint_number=step)
+        sums = {path.name: "0" * 64 for path in small.folder.glob("ckpt-%d.*" % step)}
+        (small.folder / ("ckpt-%d.sha256.json" % step)).write_text(json.dumps(sums))
+
+
+def test_a_folder_of_the_version_before_is_resumed(tmp_path, warned):
+    save_as_before(Small(tmp_path), (5, 10, 15))
+    assert restored_step(tmp_path) == 15
+    damage(sorted(tmp_path.glob("ckpt-15.data-*"))[-1], 0.5)
+    assert restored_step(tmp_path) == 10 and len(warned) == 1
+    damage(tmp_path / "ckpt-10.sha256.json", "empty")
     small = Small(tmp_path, keep=2)
-    small.save(5)
-    small.save(10)
-    (tmp_path / "checkpoint").write_bytes(content)
-    assert restored_step(tmp_path) == 10
-    Small(tmp_path, keep=2).save(15)
-    assert small.steps() == [10, 15] and restored_step(tmp_path) == 15
+    assert small.kept.restore().endswith("ckpt-5")
+    small.save(12)
+    assert small.steps() == [10, 12] and restored_step(tmp_path) == 12
+    small.save(14)
+    small.save(16)
+    assert sorted(path.name for path in tmp_path.iterdir() if ".data-" not in path.name) == [
+        checkpoints.MARK, "ckpt-14.index", "ckpt-14.json", "ckpt-16.index", "ckpt-16.json"]
+
+
+# Names of folders
+
+@pytest.mark.parametrize("name", ["lr[1e-3]", "*", "a ?b", "[", "back\\slash", "学习 ü", "{a,b}", "%s"])
+def test_a_folder_may_have_any_name(tmp_path, name):
+    folder = tmp_path / name / "checkpoints"
+    small = Small(folder, keep=2)
+    for step in (5, 10, 15):
+        assert small.save(step) == str(folder / ("ckpt-%d" % step))
+    assert small.steps() == [10, 15] and restored_step(folder) == 15
+    (tmp_path / "f").mkdir()
+    assert restored_step(tmp_path / "f") is None
+
+
+def test_a_run_in_a_folder_with_brackets_is_resumed(tiny_images, tmp_path):
+    folder = tmp_path / "lr[1e-3] * ü"
+    assert "Resuming" not in completed(begin_tiny(tiny_images, folder, "--max_steps=1"))
+    assert "Resuming from step 1 of" in completed(begin_tiny(tiny_images, folder, "--max_steps=2")) and steps_done(folder) == 2
+    process = begin_tiny(tiny_images, os.fsdecode(os.fsencode(str(tmp_path)) + b"/\xff"), "--max_steps=1")
+    _, error = process.communicate(timeout=400)
+    assert process.returncode == 1 and len(error.splitlines()) == 1 and "is not UTF-8" in error
+
+
+# Other programs' files
+
+SETTINGS = {"encoder": "resnet18", "target_momentum": 0.99, "images_crc": 1, "seed": 0}
+
+
+def claim(folder, resume=True, overwrite=False, **changed):
+    checkpoints.claim_folder(str(folder), dict(SETTINGS, **changed), {"seed"}, resume, overwrite)
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def write(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("of somebody else")
+
+
+@pytest.mark.parametrize("flags", [{}, {"resume": False}, {"resume": False, "overwrite": True}])
+@pytest.mark.parametrize("names", [
+    ["checkpoints/ckpt-7.index", "checkpoints/ckpt-7.data-00000-of-00001", "checkpoints/ckpt-final.pt", "checkpoints/ckpt-best/a"],
+    ["checkpoints/ckpt-7.json", "checkpoints/ckpt-7.index"], ["checkpoints/ckpt-7.sha256.json"], ["checkpoints/notes.txt"],
+    ["config.json"], ["losses.txt"], ["views.png"], ["f_online_1.h5", "result.json"], ["metrics.json", "logs/events.out.tfevents.1"]])
+def test_what_another_program_has_written_is_refused_and_left(tmp_path, flags, names):
+    write(tmp_path, *names)
+    before = contents(tmp_path)
+    with pytest.raises(UserError) as caught:
+        claim(tmp_path, **flags)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert any(os.path.basename(name) in str(caught.value) for name in names) and "choose another --output_dir" in str(caught.value)
+    assert contents(tmp_path) == before
+
+
+def test_a_config_of_another_program_is_refused_and_left(tmp_path):
+    (tmp_path / "config.json").write_text('{"model": "bert", "encoder": "bpe"}')
+    for flags in ({}, {"resume": False, "overwrite": True}):
+        with pytest.raises(UserError, match="config.json is damaged, or not of a run of this program .it lacks images_crc"):
+            claim(tmp_path, **flags)
+    assert json.loads((tmp_path / "config.json").read_text())["model"] == "bert" and os.listdir(str(tmp_path)) == ["config.json"]
+
+
+def test_overwriting_removes_what_is_ours_alone(tmp_path):
+    write(tmp_path, "logs/events.out.tfevents.1.host.2", "logs/notes.txt", "f_online_x.h5", "f_online_1.h5.bak", "model.h5",
+          "config.json.txt")
+    claim(tmp_path)
+    Small(tmp_path / "checkpoints").save(5)
+    write(tmp_path, "checkpoints/ckpt-best/weights", "checkpoints/ckpt-final.pt", "checkpoints/mine.txt")
+    theirs = contents(tmp_path)
+    theirs = {name: content for name, content in theirs.items() if content == b"of somebody else"}
+    assert len(theirs) == 9
+    write(tmp_path, "losses.txt", "views.png", "metrics.json", "result.json", "f_online_1.h5", "f_online_step_7.h5",
+          "logs/events.out.tfevents.1.host.2.byol", ".tmp-abcdefgh-losses.txt")
+    with pytest.raises(UserError, match="an earlier run .config.json, f_online_1.h5, .*, views.png, checkpoints.; add --over"):
+        claim(tmp_path, resume=False)
+    claim(tmp_path, resume=False, overwrite=True, images_crc=2)
+    left = contents(tmp_path)
+    assert json.loads(left.pop("config.json").decode())["images_crc"] == 2
+    assert left.pop("checkpoints/" + checkpoints.MARK) == checkpoints.MARK_TEXT.encode()
+    assert {name: content for name, content in left.items() if content is not None} == theirs
+
+
+def test_a_folder_is_claimed_again(tmp_path):
+    """By the run that goes on; where nothing but the mark is; where the mark is gone, and where only an empty folder is."""
+    (tmp_path / "checkpoints").mkdir()
+    claim(tmp_path)
+    claim(tmp_path)
+    Small(tmp_path / "checkpoints").save(5)
+    (tmp_path / "checkpoints" / checkpoints.MARK).unlink()
+    claim(tmp_path, seed=1)
+    assert (tmp_path / "checkpoints" / checkpoints.MARK).exists() and restored_step(tmp_path / "checkpoints") == 5
+    with pytest.raises(UserError, match="made with other settings .images_crc was 1, is 2.; give the same"):
+        claim(tmp_path, images_crc=2)
+    (tmp_path / "checkpoints" / checkpoints.MARK).unlink()
+    write(tmp_path, "checkpoints/ckpt-7.index")  # not cut off by this program, as far as one can know
+    with pytest.raises(UserError, match="ckpt-7.index"):
+        claim(tmp_path)
+    (tmp_path / "checkpoints" / "ckpt-7.index").unlink()
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="config.json is gone, so"):
+        claim(tmp_path)
+    claim(tmp_path, resume=False, overwrite=True)
+    assert restored_step(tmp_path / "checkpoints") is None
+
+
+def test_curves_are_marked_as_ours(tmp_path):
+    curves = pretraining.progress.Curves(str(tmp_path / "logs"), 0)
+    curves.close()
+    assert len(list((tmp_path / "logs").glob("events.out.tfevents.*"))) == 1
+    claim(tmp_path, resume=False)
+    assert not list((tmp_path / "logs").iterdir())
 
 
 # Collapse and failure, as a run sees them
