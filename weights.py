@@ -17,7 +17,7 @@ import commands
 from commands import UserError
 from models import keras
 
-SEAL = b"\nsha256 %s\n"
+SEAL = b"\nsha256 %s sha256\n"
 SEAL_BYTES = len(SEAL % (b"0" * 64))
 LARGEST_ATTRIBUTE = 1 << 20  # bytes; HDF5's own limit for those that Keras writes is 64 kB
 LARGEST_CHUNK = 1 << 22  # numbers of a compressed dataset that are unpacked at once; the largest kernel here has 2.4 million
@@ -84,7 +84,7 @@ def _check_seal(path: str) -> None:
     with open(path, "rb") as file:
         file.seek(max(0, left))
         seal = file.read()
-        if not seal.startswith(SEAL[:8]):
+        if not (seal.startswith(SEAL[:8]) or seal.endswith(SEAL[-8:])):
             return
         file.seek(0)
         while left > 0:

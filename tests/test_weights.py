@@ -252,7 +252,7 @@ def replaced(file, group, name, **settings):
 def test_a_changed_byte_is_noticed_wherever_it_is(tmp_path, encoder, content):
     path = tmp_path / "f.h5"
     seal = len(content) - weights.SEAL_BYTES
-    for place in list(range(0, seal, seal // 150)) + list(range(seal + 8, len(content), 7)) + [8, 24, 40, len(content) - 1]:
+    for place in list(range(0, seal, seal // 150)) + list(range(seal, len(content), 7)) + [8, 24, 40, len(content) - 1]:
         path.write_bytes(content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1:])
         assert "has changed since it was written" in refused(encoder, path)
     path.write_bytes(content[:seal])  # as other programs write it
@@ -433,7 +433,7 @@ def zeroed(content, first):
 
 # Each (chance, content) -> the changed file's bytes.
 MUTATIONS = {
-    "bytes": lambda chance, content: flipped(chance, content, chance.choice([1, 1, 1, 2, 10, 1000])),
+    "bytes": lambda chance, content: flipped(chance, content, chance.choice([1, 1, 1, 2, 10, 100])),
     "bytes at the head": lambda chance, content: flipped(chance, content[:2048], 1) + content[2048:],
     "cut": lambda chance, content: content[:chance.randrange(len(content))],
     "cut and filled": lambda chance, content: content[:chance.randrange(len(content) - 4096)].ljust(len(content), b"\0"),
