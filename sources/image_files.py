@@ -73,7 +73,7 @@ def decode(data: bytes, image_size: int = 0) -> np.ndarray:
         tags = getattr(image, "tag_v2", {})  # a TIFF's tile can be larger than the image, and is decoded whole
         for width, height in (image.size, (tags.get(TILE_WIDTH, 0), tags.get(TILE_LENGTH, 0))):
             if width * height > PIXEL_LIMIT:
-                raise Unusable("%s (%d x %d)" % (many, width, height))
+                raise Unusable("%s: %d x %d" % (many, width, height))
         if image.format == "TIFF" and image.mode in ("I", "F"):
             raise Unusable("its pixels are numbers of no known range")
         pixels = _rgb(_upright(_loaded(image, image_size)))

@@ -197,12 +197,12 @@ def bombs():
     big = bytearray(jpeg(picture(16, 16)))
     start = big.index(b"\xff\xc0")
     big[start + 5:start + 9] = struct.pack(">HH", 8000, 8000)
-    return [("PNG", png(row, size=(60000, 60000)), ""), ("PNG, less", png(row, size=(10000, 10000)), " (10000 x 10000)"),
+    return [("PNG", png(row, size=(60000, 60000)), ""), ("PNG, less", png(row, size=(10000, 10000)), ": 10000 x 10000"),
             ("GIF", bytes(screen), ""), ("GIF's screen", gif([INDICES], PALETTE, screen=(65535, 65535)), ""),
-            ("JPEG", bytes(big), " (8000 x 8000)"), ("BMP", bmp(picture(4, 4), size=(2 ** 30, 4)), ""),
-            ("upside down", bmp(picture(4, 4), size=(8000, -8000)), " (8000 x 8000)"),
-            ("PNG, one line", png(row, size=(2 ** 31 - 1, 1)), ""), ("TIFF", tiff(8000, 16, b""), " (8000 x 8000)"),
-            ("TIFF's tile", tiff(16, 8000, b""), " (8000 x 8000)")]
+            ("JPEG", bytes(big), ": 8000 x 8000"), ("BMP", bmp(picture(4, 4), size=(2 ** 30, 4)), ""),
+            ("upside down", bmp(picture(4, 4), size=(8000, -8000)), ": 8000 x 8000"),
+            ("PNG, one line", png(row, size=(2 ** 31 - 1, 1)), ""), ("TIFF", tiff(8000, 16, b""), ": 8000 x 8000"),
+            ("TIFF's tile", tiff(16, 8000, b""), ": 8000 x 8000")]
 
 
 @pytest.mark.parametrize("name, data, said", bombs())
