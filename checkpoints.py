@@ -32,13 +32,16 @@ DAMAGE = (OSError, ValueError, LookupError, TypeError, RuntimeError, AssertionEr
 
 
 class History:
-    """What a run has seen so far: every batch's loss, the figures of each log line, each k-NN accuracy."""
+    """What a run has seen so far: every batch's loss, the figures of each log line, each k-NN accuracy.
+
+    skipped: the numbers, from 1, of the steps that left the weights alone because of an overflow under loss scaling.
+    """
 
     def __init__(self) -> None:
         self.losses = []  # type: List[float]
         self.log = []  # type: List[Dict[str, float]]
         self.knn = []  # type: List[Dict[str, float]]
-
+        self.skipped = []  # type: List[int]
 
 @tf.function
 def all_finite(variables: Sequence[tf.Variable]) -> tf.Tensor:

@@ -101,9 +101,9 @@ class Byol(tf.Module):
                                         config.trust_coefficient)
             optimizer._create_all_weights(self.online_weights)  # now, so that a checkpoint finds them all
             self.optimizer = device.loss_scaled(optimizer)
-            # (2, loop_size): loss and spread of the latest steps, the newest last. The loop shifts them in, since the NPU
-            # carries nothing but Variables from step to step, not even the loop's index.
-            self.recent = tf.Variable(tf.zeros([2, loop_size]), trainable=False, name="recent",
+            # (4, loop_size): loss, spread, loss scale (0: none) and whether it was skipped, of the latest steps, the newest last.
+            # The loop shifts them in, since the NPU carries nothing but Variables from step to step, not even the loop's index.
+            self.recent = tf.Variable(tf.zeros([4, loop_size]), trainable=False, name="recent",
                                       aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
         self.train_loop = device.compile(self._train_loop)  # type: Any
 
@@ -135,10 +135,13 @@ class Byol(tf.Module):
     @tf.autograph.experimental.do_not_convert  # plain Python: saves the conversion's time at every start
     def train_step_pretraining(self, x1: tf.Tensor, x2: tf.Tensor) -> None:
         """One step on two views, each (b, s, s, 3) float32 in [0, 1]: the online networks, then the target's average."""
+        scale = self._device.loss_scale(self.optimizer)
         loss, spread = self._device.run(self._update_online, (x1, x2))
         self._update_target()
         self.step.assign_add(1)
-        self.recent.assign(tf.concat([self.recent[:, 1:], [[loss], [spread]]], axis=1))
+        with self._device.keep_float32():
+            figures = [loss, spread, self._device.loss_scale(self.optimizer), self._device.skipped(self.optimizer, scale)]
+            self.recent.assign(tf.concat([self.recent[:, 1:], [[figure] for figure in figures]], axis=1))
 
     def _update_online(self, x1: tf.Tensor, x2: tf.Tensor) -> Tuple[tf.Tensor, tf.Tensor]:
         """One optimiser step on f, g and q, and the moving statistics of all. Gives loss and spread, float32 scalars."""

@@ -30,6 +30,9 @@ from devices.base import Device
 
 # Warn below this fraction of the spread that evenly spread projections have; slow healthy runs were seen at 0.4 and above.
 COLLAPSED = 0.05
+# Warn where so many steps in a row are skipped. At first the loss scale, 2 ** 15, may have to be halved a few times; at 1 it ends.
+SKIPPED = 5
+HALVINGS = 16  # steps that are skipped before none is left
 # Settings that a run may change when it is resumed: they do not change what is computed.
 FREE = {"data_dir", "output_dir", "device", "num_devices", "save_every", "log_every", "iterations_per_loop", "max_steps",
         "save_checkpoints_steps", "keep_checkpoint_max", "knn_every", "resume", "overwrite", "quiet", "verbose", "jit_compile",
@@ -157,8 +160,9 @@ class Run:
     def took(self, recent: np.ndarray, seconds: float) -> None:
         """Note the steps that a call of the loop took in so many seconds; print, evaluate and save what is due after them.
 
-        recent: (2, n), loss and spread of each of them.
+        recent: (4, n), of each of them loss, spread, loss scale (0: none), and whether it was skipped.
         """
+        self.history.skipped += [self.step + 1 + int(i) for i in np.flatnonzero(recent[3])]
         self.step += recent.shape[1]
         self.seconds_a_step = seconds / recent.shape[1]
         self.history.losses += [float(loss) for loss in recent[0]]
@@ -166,7 +170,9 @@ class Run:
         self.shown.step(self.step, self.last_step, "%d/%d" % (epoch, self.config.num_epochs), self.history.losses[-1],
                         self.config.batch_size)
         if batch % self.config.log_every == 0:
-            self._log(float(recent[0, -1]), float(recent[1, -1]))
+            self._log(*[float(figure) for figure in recent[:3, -1]])
+        if batch == self.steps_per_epoch:
+            self._check_skipped(float(recent[2, -1]))
         if batch == self.steps_per_epoch or self.step % self.config.save_checkpoints_steps == 0:
             self._check_finite()
             if batch == self.steps_per_epoch:
@@ -185,18 +191,25 @@ class Run:
         """Of the step that was taken last, both counted from 1."""
         return (self.step - 1) // self.steps_per_epoch + 1, (self.step - 1) % self.steps_per_epoch + 1
 
-    def _log(self, loss: float, spread: float) -> None:
+    def _log(self, loss: float, spread: float, scale: float = 0) -> None:
         """The known line, and after it what else is worth knowing."""
         self._check_finite(weights=False)  # reading them all is for when they are saved
         (epoch, batch), seconds = self._epoch_and_batch(), time.time() - self.since
         seconds_a_step = seconds / (self.step - self.logged)
         images_a_second = self.config.batch_size / seconds_a_step
         left = int((self.last_step - self.step) * seconds_a_step)
+        skipped = len(self.history.skipped)
         self.say("[Epoch %d/%d Batch %d/%d] Loss=%.5f. Time=%.2f, %.1f images/s, spread %.4f, %d:%02d:%02d left"
                  % (epoch, self.config.num_epochs, batch, self.steps_per_epoch, loss, seconds, images_a_second, spread,
-                    left // 3600, left // 60 % 60, left % 60))
+                    left // 3600, left // 60 % 60, left % 60)
+                 + (", loss scale %g, %d step%s skipped" % (scale, skipped, "" if skipped == 1 else "s") if scale else ""))
         figures = {"loss": loss, "spread": spread, "images_per_second": images_a_second,
                    "learning_rate": float(self.learner.schedule(self.step))}
+        if scale:
+            figures.update(loss_scale=scale, skipped=skipped)
+            if self._skipped_in_a_row() >= SKIPPED:
+                logging.warning("The last %d steps did not change the weights: their gradients overflowed. The loss scale is "
+                                "%g now.", self._skipped_in_a_row(), scale)
         self.history.log.append(dict(figures, step=self.step, time=time.time()))
         if self.device.is_chief:
             self.curves.scalars(self.step, figures)
@@ -217,8 +230,23 @@ class Run:
         else:
             return
         raise UserError("%s, so the run stops; %s. Try a lower --learning_rate, or --precision_mode must_keep_origin_dtype."
-                        % (what, "its last good checkpoint is kept in %s" % self.path("checkpoints") if self.saved
-                           else "there was no checkpoint yet"))
+                        % (what, self._kept()))
+
+    def _skipped_in_a_row(self) -> int:
+        """How many steps, up to the last, were skipped."""
+        skipped = self.history.skipped
+        return next((n for n, step in enumerate(reversed(skipped)) if step != self.step - n), len(skipped))
+
+    def _check_skipped(self, scale: float) -> None:
+        """UserError if no step of an epoch changed the weights, and a lower loss scale did not help, or there is no lower one."""
+        number = self._skipped_in_a_row()
+        if number >= max(self.steps_per_epoch, HALVINGS):
+            raise UserError("The gradients of the last %d steps, a whole epoch or more, overflowed, so that none of them changed the "
+                            "weights (loss scale %g). The run stops; %s. Try --precision_mode must_keep_origin_dtype, or a lower "
+                            "--learning_rate." % (number, scale, self._kept()))
+
+    def _kept(self) -> str:
+        return ("its last good checkpoint is kept in %s" % self.path("checkpoints") if self.saved else "there was no checkpoint yet")
 
     def _save_weights(self, name: str) -> None:
         if self.device.is_chief:

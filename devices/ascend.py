@@ -81,6 +81,10 @@ class NpuDevice(Device):
         # An overflow on the 910 saturates instead of giving Inf, so Keras's own loss scaling would not see it.
         return self.npu.train.optimizer.NpuLossScaleOptimizer
 
+    def skipped(self, optimizer: Any, before: tf.Tensor) -> tf.Tensor:
+        finite = getattr(optimizer, "last_step_finite", None)  # which adapters of early 2022 lack
+        return super().skipped(optimizer, before) if finite is None else 1.0 - tf.cast(finite, tf.float32)
+
     def _apply(self, optimizer: Any, gradients: List[tf.Tensor], weights: Sequence[tf.Variable]) -> None:
         if self.workers > 1:
             gradients = self.npu.distribute.all_reduce(gradients, reduction="mean")

@@ -140,6 +140,21 @@ class Device:
         """The loss to differentiate: times the loss scale, where there is one."""
         return optimizer.get_scaled_loss(loss) if hasattr(optimizer, "get_scaled_loss") else loss
 
+    def loss_scale(self, optimizer: Any) -> tf.Tensor:
+        """The loss scale as it stands, a float32 scalar; 0 where the loss is not scaled."""
+        return tf.convert_to_tensor(optimizer.loss_scale) if hasattr(optimizer, "get_scaled_loss") else tf.constant(0.0)
+
+    def skipped(self, optimizer: Any, before: tf.Tensor) -> tf.Tensor:
+        """Whether the optimiser has left out the step just taken, because its gradients overflowed: 1 or 0, a float32 scalar.
+
+        before: the loss scale that the step began with.
+        """
+        if not getattr(optimizer, "dynamic", False):  # at a fixed scale Keras applies what comes, and the weights are looked at
+            return tf.constant(0.0)
+        # The count of good steps begins anew after a skipped one, and where the scale rises.
+        anew = tf.equal(optimizer.dynamic_counter, 0)
+        return tf.cast(tf.logical_and(anew, optimizer.loss_scale <= before), tf.float32)
+
     # The loop and its data
 
     def steps_a_call(self, steps: int, seconds_a_step: Optional[float]) -> int:

@@ -10,6 +10,7 @@ was seen to refuse, to lose or to hang on is an error here, as soon as it can be
 - an iterator made on the host, and a function with variables called there.
 
 FAKE_NPU_LOG names a file for what happened, a JSON object a line; FAKE_NPU_VERSION=2022 gives the older adapter's options;
+FAKE_NPU_OVERFLOW lists steps whose gradients overflow;
 FAKE_HCCL names a folder through which several processes exchange what they reduce and broadcast.
 """
 import collections
@@ -313,8 +314,35 @@ def _broadcast(values, root_rank=0, fusion=2, fusion_id=0, group="hccl_world_gro
 
 
 class NpuLossScaleOptimizer(LossScaleOptimizer):
-    def apply_gradients(self, grads_and_vars, name=None):
-        return super().apply_gradients(grads_and_vars, name)
+    """Skips a step by the device's overflow status, at a fixed scale too. On the 910 an overflow gives no Inf; here it does."""
+
+    def __init__(self, inner_optimizer, dynamic=True, initial_scale=None, dynamic_growth_steps=None):
+        super().__init__(inner_optimizer, dynamic, initial_scale, dynamic_growth_steps)
+        self._finite = tf.Variable(False, trainable=False, name="npu_last_step_finite")
+
+    def __getattribute__(self, name):
+        if name == "last_step_finite":
+            if os.environ.get("FAKE_NPU_VERSION") == "2022":
+                raise AttributeError(name)
+            name = "_finite"
+        return super().__getattribute__(name)
+
+    def apply_gradients(self, grads_and_vars, name=None, experimental_aggregate_gradients=True):
+        pairs = tuple(grads_and_vars)
+        finite = tf.logical_not(tf.cast(_overflow_status([gradient for gradient, _ in pairs], self.iterations), tf.bool))
+        self._finite.assign(finite)
+        if self.dynamic:
+            self._loss_scale.update([tf.where(finite, 0.0, np.inf)])
+        tf.cond(finite, lambda: tf.group(self._optimizer.apply_gradients(pairs, name, experimental_aggregate_gradients=False)),
+                lambda: tf.group(self._optimizer.iterations.assign_add(1, read_value=False)))
+
+
+def _overflow_status(gradients, iterations):
+    """Not 0 if a gradient has overflowed, or FAKE_NPU_OVERFLOW says so: "always", or steps counted from 1, as in "2,3,9"."""
+    overflown = tf.logical_not(tf.reduce_all([tf.reduce_all(tf.math.is_finite(gradient)) for gradient in gradients]))
+    steps = os.environ.get("FAKE_NPU_OVERFLOW", "0")
+    wanted = steps == "always" or tf.reduce_any(tf.equal(iterations + 1, [int(step) for step in steps.split(",")]))
+    return tf.cast(tf.logical_or(overflown, wanted), tf.int32)
 
 
 distribute = types.SimpleNamespace(all_reduce=_all_reduce, broadcast=_broadcast)
