@@ -10,6 +10,7 @@ import types
 from typing import Any, Dict, FrozenSet, Iterable, Iterator, List, Optional, Set, Tuple
 
 import tensorflow as tf
+from tensorflow.core.framework import attr_value_pb2
 from tensorflow.python.framework import op_def_registry
 
 from commands import UserError
@@ -20,6 +21,10 @@ WHILE = ("While", "StatelessWhile")
 NEXT = "IteratorGetNext"
 # Operators that the adapter itself puts into the graph or replaces, whatever the list of the device's operators says.
 ADAPTER_OPERATORS = frozenset(["IteratorV2", NEXT, "Placeholder"])
+# What an older or a newer adapter puts into the graph to see overflows under loss scaling, and the mark that it leaves there.
+FLOAT_STATUS = (("NpuGetFloatStatus", "NpuClearFloatStatus"), ("NpuGetFloatStatusV2", "NpuClearFloatStatusV2"))
+SCALED = "_npu_loss_scale"
+# Of the function's own inputs and results; inside of it the adapter looks at the operators' names only.
 LACKING_TYPES = ("float64", "complex64", "complex128", "variant", "string")
 # Outputs whose unknown shape the adapter ignores: operator and number of the output.
 NEGLIGIBLE = {("FusedBatchNormV3", 5)}
@@ -30,10 +35,12 @@ class Report:
     """What the graph of a function is like, and what follows from it.
 
     loop: 'npu-loop' (the whole loop on the device), 'builtin-loop', 'host-loop', 'no-loop', as the adapter logs it, or
-    'mix mode' where part of it would run on the CPU. problems: what stands in the way, one line each.
+    'mix mode' where part of it would run on the CPU. problems: what stands in the way, one line each. warnings: what the adapter
+    lets pass but the device may refuse.
     """
     loop: str
     problems: List[str]
+    warnings: List[str]
     operators: Dict[str, int]
     whiles: int
 
@@ -91,10 +98,31 @@ class Body:
         On the NPU these stay as they were at the first step. The loop's own counters change too, but nothing uses them.
         """
         found = []
-        for argument, result in zip(self.arguments, self.results):
-            if self.unchanged(result) != argument:
-                others = [other for other in self.results if other != result] + self.roots
-                if argument in self.ancestors(others):
+        for argument, result in self.changing().items():
+            others = [other for other in self.results if other != result] + self.roots
+            if argument in self.ancestors(others):
+                found.append(argument)
+        return found
+
+    def changing(self) -> Dict[str, str]:
+        """Arguments of a While's body that change from step to step, and the result that is the next value of each."""
+        return {argument: result for argument, result in zip(self.arguments, self.results) if self.unchanged(result) != argument}
+
+    def decides(self, condition: "Body") -> List[str]:
+        """Of a While with this body: what its condition takes from the steps, other than their number.
+
+        On the NPU the loop ends after its number of steps all the same.
+        """
+        used = condition.ancestors(condition.results)
+        found = [name for name, (operator, _, _) in condition.nodes.items() if _has_state(operator)]
+        changing = self.changing()
+        for argument, name in zip(self.arguments, condition.arguments):
+            if name in used and argument in changing:
+                operator, inputs, _ = self.nodes.get(self.unchanged(changing[argument]), ("", [], None))
+                counts = operator in ("Add", "AddV2") and not any(
+                    other in self.nodes and self.nodes[other][0] != "Const" or other in changing and other != argument
+                    for other in inputs)
+                if not counts:
                     found.append(argument)
         return found
 
@@ -102,6 +130,11 @@ class Body:
 def _producer(reference: str) -> str:
     """`node:output:0`, `node:0` or `^node` -> `node`."""
     return reference.lstrip("^").split(":")[0]
+
+
+def _has_state(operator: str) -> bool:
+    definition = op_def_registry.get(operator)
+    return definition is not None and definition.is_stateful
 
 
 def _functions(attributes: Any) -> List[str]:
@@ -130,10 +163,11 @@ def examine(function: Any, supported: Optional[Set[str]] = None, trusted: Frozen
         return found
 
     operators = collections.Counter()  # type: Dict[str, int]
-    lacking, unknown, dtypes = set(), [], set()  # type: Set[str], List[str], Set[str]
+    lacking, unknown, dtypes, scaled = set(), [], set(), False  # type: Set[str], List[str], Set[str], bool
     for body in reach(main).values():
         for name, (operator, _, attributes) in body.nodes.items():
             operators[operator] += 1
+            scaled = scaled or SCALED in attributes
             if operator in trusted:
                 continue
             if supported is not None and operator not in supported | ADAPTER_OPERATORS:
@@ -148,18 +182,24 @@ def examine(function: Any, supported: Optional[Set[str]] = None, trusted: Frozen
 
     whiles = [name for name, node in main.nodes.items() if node[0] in WHILE]
     keys = [name for name in whiles if takes(library[main.nodes[name][2]["body"].func.name])]
+    own = {tensor.dtype.base_dtype.name for tensor in graph.inputs + graph.outputs} & set(LACKING_TYPES)
+    own -= {"variant"}  # an iterator of TensorFlow 2.6 comes with one that nothing uses
+    blind = scaled and supported is not None and not any(supported.issuperset(pair) for pair in FLOAT_STATUS)
     problems = []
     if lacking:
         problems.append("operators that the device lacks: %s" % ", ".join(sorted(lacking)))
-    if dtypes:
-        problems.append("types that the device lacks: %s" % ", ".join(sorted(dtypes)))
+    if blind:
+        problems.append("operators that the device lacks: those of loss scaling, %s" % " or ".join(map(" with ".join, FLOAT_STATUS)))
+    if own:
+        problems.append("types that the device lacks, among the function's own inputs and results: %s" % ", ".join(sorted(own)))
+    warnings = ["types that the device may refuse: %s" % ", ".join(sorted(dtypes))] if dtypes else []
     if unknown:
         problems.append("shapes that are not known in advance: %s" % _some(unknown))
     if len(whiles) != 1 or not keys:
         problems.append("%d While nodes, of which %d take data; there must be one, and it must" % (len(whiles), len(keys)))
     outside = []  # type: List[str]
     if keys:
-        body = library[main.nodes[keys[0]][2]["body"].func.name]
+        body, condition = [library[main.nodes[keys[0]][2][part].func.name] for part in ("body", "cond")]
         before = main.ancestors(keys)
         outside = [name for name in main.nodes if name not in before]
         if graph.outputs:
@@ -171,7 +211,10 @@ def examine(function: Any, supported: Optional[Set[str]] = None, trusted: Frozen
         if body.carried():
             problems.append("the loop's index, or tensors carried from step to step, are used: %s; on the device they never change"
                             % ", ".join(body.carried()))
-    if lacking or dtypes:
+        if body.decides(condition):
+            problems.append("what the steps compute decides when the loop ends, as by break: %s; on the device it takes all its steps"
+                            % ", ".join(body.decides(condition)))
+    if lacking or blind or own:
         loop = "mix mode"
     elif not keys:
         loop = "no-loop"
@@ -179,7 +222,7 @@ def examine(function: Any, supported: Optional[Set[str]] = None, trusted: Frozen
         loop = "builtin-loop"
     else:
         loop = "host-loop" if unknown else "npu-loop"
-    return Report(loop, problems, dict(operators), len(whiles))
+    return Report(loop, problems, warnings, dict(operators), len(whiles))
 
 
 def _types(operator: str, attributes: Any) -> Iterator[str]:
@@ -196,12 +239,24 @@ def _some(names: List[str]) -> str:
 
 
 def device_on_paper(mode: Optional[str], loss_scale: str) -> ascend.NpuDevice:
-    """An NPU to trace for, without one. Keras's loss scaling stands for the adapter's.
+    """An NPU to trace for, without one. Keras's loss scaling stands for the adapter's, and bears its mark.
 
     mode, loss_scale: as --precision_mode and --loss_scale.
     """
     tf.config.set_visible_devices([], "GPU")
-    optimizer = types.SimpleNamespace(NpuLossScaleOptimizer=keras.mixed_precision.LossScaleOptimizer)
+
+    def loss_scaled(optimizer: Any, **settings: Any) -> Any:
+        scaled = keras.mixed_precision.LossScaleOptimizer(optimizer, **settings)
+        apply = scaled.apply_gradients
+
+        def apply_marked(*args: Any, **settings: Any) -> Any:
+            with tf.compat.v1.get_default_graph()._attr_scope({SCALED: attr_value_pb2.AttrValue(b=True)}):
+                return apply(*args, **settings)
+
+        scaled.apply_gradients = apply_marked
+        return scaled
+
+    optimizer = types.SimpleNamespace(NpuLossScaleOptimizer=loss_scaled)
     adapter = types.SimpleNamespace(keep_dtype_scope=contextlib.nullcontext, train=types.SimpleNamespace(optimizer=optimizer))
     handle = types.SimpleNamespace(workers_num=1, worker_id=0, scope=contextlib.nullcontext)
     return ascend.NpuDevice(adapter, handle, mode or ascend.DEFAULT_MODE, loss_scale)
@@ -224,7 +279,9 @@ def verdict(report: Report, checked_by: Optional[str]) -> str:
     lines = ["  %d nodes of %d operators, %d While; names %s" % (
         sum(report.operators.values()), len(report.operators), report.whiles,
         "checked by %s" % checked_by if checked_by else "not checked")]
-    lines += ["  " + problem for problem in report.problems]
+    lines += ["  " + problem for problem in report.problems] + ["  warning: " + warning for warning in report.warnings]
+    if report.problems and report.loop == "npu-loop":
+        return "\n".join(lines + ["No: an Ascend 910 would take it whole, as one npu-loop, but compute something else."])
     if report.problems:
         return "\n".join(lines + ["No: an Ascend 910 would not take it whole, but as %s." % report.loop])
     return "\n".join(lines + ["Yes: by the adapter's rules it becomes one %s on an Ascend 910. Not tried on hardware." % report.loop])

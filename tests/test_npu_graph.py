@@ -72,6 +72,48 @@ class Learner(tf.Module):
             if tf.reduce_sum(x) > 0:
                 self.step(x)
 
+    def breaking(self, iterator, n):
+        for _ in tf.range(n):
+            self.step(next(iterator))
+            if self.loss < 1:
+                break
+
+    def breaking_before(self, iterator, n):
+        for _ in tf.range(n):
+            x = next(iterator)
+            if tf.reduce_sum(x) < 1:
+                break
+            self.step(x)
+
+    def until_a_variable(self, iterator, n):
+        while self.loss < 1:
+            self.step(next(iterator))
+
+    def until_a_tensor(self, iterator, n):
+        total = tf.zeros([])
+        while total < 1:
+            x = next(iterator)
+            total += tf.reduce_sum(x)
+            self.step(x)
+
+    def continuing(self, iterator, n):
+        for _ in tf.range(n):
+            x = next(iterator)
+            if tf.reduce_sum(x) < 1:
+                continue
+            self.step(x)
+
+    def counting(self, iterator, n):
+        i = 0
+        while i < n:
+            self.step(next(iterator))
+            i += 1
+
+    def printing(self, iterator, n):
+        for _ in tf.range(n):
+            self.step(next(iterator))
+            tf.print(self.loss)
+
     def doubles(self, iterator, n):
         for _ in tf.range(n):
             self.step(tf.cast(tf.cast(next(iterator), tf.float64) * 2, tf.float32))
@@ -103,13 +145,41 @@ def examine(name, drop_remainder=True, **settings):
     ("twice_a_step", "npu-loop", "takes 2 elements"),
     ("index", "npu-loop", "never change"),
     ("carrying", "npu-loop", "never change"),
-    ("doubles", "mix mode", "Cast of float64"),
-    ("strings", "mix mode", "AsString of string"),
+    ("breaking", "npu-loop", "as by break"),
+    ("breaking_before", "npu-loop", "as by break"),
+    ("until_a_variable", "npu-loop", "decides when the loop ends"),
+    ("until_a_tensor", "npu-loop", "decides when the loop ends"),
+    ("continuing", "npu-loop", None),
+    ("counting", "npu-loop", None),
 ])
 def test_structures(name, loop, problem):
     report = examine(name)
     assert report.loop == loop
     assert (not report.problems) if problem is None else any(problem in line for line in report.problems), report.problems
+
+
+@pytest.mark.parametrize("name, warned", [
+    ("doubles", "Cast of float64"), ("strings", "AsString of string"), ("printing", "PrintV2 of string")])
+def test_types_inside_the_loop_are_warned_of(name, warned):
+    report = examine(name)  # the adapter looks at operators' names; of types only at those of the function's own inputs and results
+    assert (report.loop, report.problems) == ("npu-loop", []) and warned in report.warnings[0]
+    told = graph_check.verdict(report, None).splitlines()
+    assert told[-2].startswith("  warning: types that the device may refuse: ") and told[-1].startswith("Yes: by the adapter's rules")
+    assert examine(name, supported=set(report.operators)).loop == "npu-loop"
+    assert examine(name, supported=set(report.operators) - {warned.split()[0]}).loop == "mix mode"
+
+
+def test_a_loop_that_ends_early_is_no_loop_for_the_device():
+    assert graph_check.verdict(examine("breaking"), None).splitlines()[-1] == (
+        "No: an Ascend 910 would take it whole, as one npu-loop, but compute something else.")
+
+
+@pytest.mark.parametrize("function, what", [
+    (lambda: tf.function(lambda x: tf.cast(x, tf.float32)).get_concrete_function(tf.constant(1.0, tf.float64)), "float64"),
+    (lambda: tf.function(lambda x: tf.strings.as_string(x)).get_concrete_function(tf.constant(1.0)), "string")])
+def test_types_of_the_functions_own_inputs_and_results_are_not_taken(function, what):
+    report = graph_check.examine(function())
+    assert report.loop == "mix mode" and any(line.endswith("own inputs and results: " + what) for line in report.problems)
 
 
 def test_shapes_that_are_not_known_make_a_host_loop():
@@ -125,6 +195,24 @@ def test_operators_outside_of_the_list_are_found_in_the_loop_body():
     assert report.loop == "mix mode" and any("StatelessRandom" in line for line in report.problems)
     report = examine("plain", supported=known - {"Mean"})
     assert report.problems == ["operators that the device lacks: Mean"]
+
+
+@pytest.mark.parametrize("mode, listed, problem", [
+    (None, [], True),
+    (None, ["NpuGetFloatStatus", "NpuClearFloatStatus"], False),
+    (None, ["NpuGetFloatStatusV2", "NpuClearFloatStatusV2"], False),
+    (None, ["NpuGetFloatStatus", "NpuClearFloatStatusV2"], True),
+    ("must_keep_origin_dtype", [], False)])
+def test_under_loss_scaling_the_device_must_be_able_to_tell_overflows(mode, listed, problem):
+    device = graph_check.device_on_paper(mode, "auto")
+    classifier = evaluation.Classifier(device, None, 3, 2, lambda step: tf.constant(0.1), 0.1)
+    data = tf.data.Dataset.from_tensors((tf.zeros([8, 3]), tf.zeros([8], tf.int64)))
+    function = classifier.train_loop.get_concrete_function(device.iterate(data), tf.constant(2))
+    report = graph_check.examine(function, set(graph_check.examine(function).operators) | set(listed))
+    assert [line for line in report.problems] == [
+        "operators that the device lacks: those of loss scaling, NpuGetFloatStatus with NpuClearFloatStatus or NpuGetFloatStatusV2 "
+        "with NpuClearFloatStatusV2"] * problem
+    assert report.loop == ("mix mode" if problem else "npu-loop")
 
 
 def test_a_list_of_operators_may_have_comments(tmp_path):
