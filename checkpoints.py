@@ -43,6 +43,7 @@ class History:
         self.knn = []  # type: List[Dict[str, float]]
         self.skipped = []  # type: List[int]
 
+
 @tf.function
 def all_finite(variables: Sequence[tf.Variable]) -> tf.Tensor:
     """Whether all numbers of all these are finite: a bool scalar. One graph, made at the first call with these variables."""

@@ -1,10 +1,10 @@
 """Data sets as uint8 images in memory, and the tf.data pipelines that make batches of them.
 
-Which images a batch holds and how they are augmented is a function of the seed and the step alone. So a run
-can go on from any step with the batches that it would have had, and any number of workers can share a batch.
+Which images a batch holds and how they are augmented is a function of the seed and the step alone. So a run can go on from any step
+with the batches that it would have had, and any number of workers can share a batch.
 
-Random numbers: [seed, step] gives the seeds of a step's views, [seed, -1 - epoch] an epoch's order. Steps are
-never negative, so no two draws share a stream.
+Random numbers: [seed, step] gives the seeds of a step's views, [seed, -1 - epoch] an epoch's order. Steps are never negative, so no
+two draws share a stream.
 """
 from typing import Any, Callable, NamedTuple, Optional, Tuple
 
@@ -37,15 +37,12 @@ def load(name: str, data_dir: Optional[str] = None, image_size: int = 32, test_f
          memory_limit: int = MEMORY_LIMIT, cache_dir: Optional[str] = None) -> Data:
     """Load the data set `name`, one of NAMES.
 
-    data_dir: for CIFAR see `cifar.read`, for a folder of images `folders.read`; shapes need none.
-    image_size: to which a folder's images are brought, and at which shapes are drawn; CIFAR's are 32 x 32.
-    test_fraction: what is set aside of a folder without train/ and test/.
-    seed: of the shapes, modulo 2^32; runs that are to be compared need the same one.
-    train_size, test_size: how many shapes to draw (default 5,000 and 1,000); of other data sets, how many
-    images to take, evenly spread (default all).
-    memory_limit, cache_dir: a folder's images are kept in a temporary file in cache_dir (default: the
-    system's folder for such files) where they have more bytes than this.
-    Raises UserError for what is not there, is damaged or does not fit together.
+    data_dir: for CIFAR see `cifar.read`, for a folder of images `folders.read`; shapes need none. image_size: to which a folder's
+    images are brought, and at which shapes are drawn; CIFAR's are 32 x 32. test_fraction: what is set aside of a folder without train/
+    and test/. seed: of the shapes, modulo 2^32; runs that are to be compared need the same one. train_size, test_size: how many shapes
+    to draw (default 5,000 and 1,000); of other data sets, how many images to take, evenly spread (default all). memory_limit,
+    cache_dir: a folder's images are kept in a temporary file in cache_dir (default: the system's folder for such files) where they
+    have more bytes than this. Raises UserError for what is not there, is damaged or does not fit together.
     """
     if name not in NAMES:
         raise UserError("There is no data set %r; choose one of %s." % (name, ", ".join(NAMES)))
@@ -62,8 +59,7 @@ def load(name: str, data_dir: Optional[str] = None, image_size: int = 32, test_f
         if image_size != cifar.IMAGE_SIZE:
             raise UserError("The images of %s have 32 x 32 pixels, not --image_size %d." % (name, image_size))
         data = Data(*cifar.read(name, data_dir))
-    images, labels, files = _spread(data.train_images, data.train_labels, data.train_files, train_size,
-                                    "training")
+    images, labels, files = _spread(data.train_images, data.train_labels, data.train_files, train_size, "training")
     data = data._replace(train_images=images, train_labels=labels, train_files=files)
     images, labels, files = _spread(data.test_images, data.test_labels, data.test_files, test_size, "test")
     return data._replace(test_images=images, test_labels=labels, test_files=files)
@@ -86,14 +82,11 @@ def pretraining_batches(images: Any, batch_size: int, seed: int, first_step: int
                         number_of_views: int = 2) -> tf.data.Dataset:
     """Two or more views of the batch of each of the steps first_step..last_step - 1 of a run.
 
-    Gives tuples of float32 (rows, s, s, 3), in [0, 1] if not normalised, of static shapes. An epoch has n // batch_size
-    steps, in a fresh order; the images that are left over are dropped.
-    images: uint8 (n, s, s, 3), as in Data.
-    seed: an integer of 64 bits.
-    first, rows: make only these rows of each batch (default all), as one of several workers; together they
-    make the same views as one would.
-    views, number_of_views: how they are made, and how many, at least 2. The first two are the same whatever the number.
-    Raises UserError if the batch is larger than the data set, ValueError if the rows are not within it.
+    Gives tuples of float32 (rows, s, s, 3), in [0, 1] if not normalised, of static shapes. An epoch has n // batch_size steps, in a
+    fresh order; the images that are left over are dropped. images: uint8 (n, s, s, 3), as in Data. seed: an integer of 64 bits. first,
+    rows: make only these rows of each batch (default all), as one of several workers; together they make the same views as one would.
+    views, number_of_views: how they are made, and how many, at least 2. The first two are the same whatever the number. Raises
+    UserError if the batch is larger than the data set, ValueError if the rows are not within it.
     """
     pixels = _on_host(images)
     rows = batch_size - first if rows is None else rows
@@ -117,8 +110,7 @@ def finetuning_batches(images: Any, labels: Optional[np.ndarray], batch_size: in
 
     def view(step: tf.Tensor, indices: tf.Tensor) -> Tuple[tf.Tensor, tf.Tensor]:
         batch, seeds = tf.gather(pixels, indices), _seeds(seed, step)
-        return (augmentation.augment_images_finetuning(batch, seeds[0], first, batch_size),
-                tf.gather(classes, indices))
+        return (augmentation.augment_images_finetuning(batch, seeds[0], first, batch_size), tf.gather(classes, indices))
 
     return _batches(view, len(images), batch_size, seed, first_step, last_step, first, rows)
 

@@ -2,15 +2,13 @@
 
     python embed.py --encoder_weights f_online_200.h5 --dataset folder --data_dir DIR --projection
 
-writes into --output_dir embeddings.npz and projection.png. numpy.load reads `features` float32 (n, d),
-`labels` int64 (n,), -1 without labels, `files` (n,) paths below DIR, empty where an image has no file of its
-own, `split` (n,) 'train' or 'test', and `class_names`.
+writes into --output_dir embeddings.npz and projection.png. numpy.load reads `features` float32 (n, d), `labels` int64 (n,), -1 without
+labels, `files` (n,) paths below DIR, empty where an image has no file of its own, `split` (n,) 'train' or 'test', and `class_names`.
 
     python embed.py --encoder_weights f_online_200.h5 --export DIR
 
-needs no images and writes DIR/saved_model, a SavedModel for uint8 images (n, s, s, 3) that gives float32
-features (n, d), and DIR/frozen.pb, the same as a frozen graph, the form from which Ascend's ATC makes an
-offline model (not tried on hardware).
+needs no images and writes DIR/saved_model, a SavedModel for uint8 images (n, s, s, 3) that gives float32 features (n, d), and
+DIR/frozen.pb, the same as a frozen graph, the form from which Ascend's ATC makes an offline model (not tried on hardware).
 """
 import dataclasses
 import importlib.util
@@ -39,8 +37,7 @@ PERPLEXITY = 30.0  # of t-SNE (scikit-learn's default)
 @dataclasses.dataclass(frozen=True)
 class Config(evaluation.Config):
     """The settings of an embedding: each is a flag, saved with the result."""
-    split: str = flag("all", "Which images to embed: those for training, for testing, or all.",
-                      choices=("all", "train", "test"))
+    split: str = flag("all", "Which images to embed: those for training, for testing, or all.", choices=("all", "train", "test"))
     projection: bool = flag(False, "Draw the features in two dimensions, by PCA and by t-SNE (needs "
                             "scikit-learn and matplotlib).")
     export: Optional[str] = flag(None, "Write the encoder into this folder as a SavedModel and a frozen "
@@ -48,8 +45,8 @@ class Config(evaluation.Config):
 
 
 def embed(config: Config) -> Dict[str, Any]:
-    """Compute the features of a data set: all that the command does. Gives the arrays of embeddings.npz, or with config.export
-    the names of the frozen graph's input and output. UserError for what the user can mend.
+    """Compute the features of a data set: all that the command does. Gives the arrays of embeddings.npz, or with config.export the
+    names of the frozen graph's input and output. UserError for what the user can mend.
     """
     started = time.time()
     if config.export:
@@ -80,8 +77,7 @@ def embed(config: Config) -> Dict[str, Any]:
             maps = project(content["features"][chosen], config.seed)
             draw(maps, content["labels"][chosen], data.class_names, path)
             say("Wrote %s." % path)
-    evaluation.write_result("embed", config, device, data, started, {
-        "embeddings": number, "dimensions": content["features"].shape[1]})
+    evaluation.write_result("embed", config, device, data, started, {"embeddings": number, "dimensions": content["features"].shape[1]})
     return content
 
 
@@ -149,8 +145,7 @@ class Exported(tf.Module):
         super().__init__()
         self.weights = encoder.weights  # what the function uses, so that it is saved with it
         images = tf.TensorSpec([None, image_size, image_size, 3], tf.uint8, name="images")
-        self.embed = tf.function(lambda images: {"features": evaluation.inference(encoder, images)},
-                                 input_signature=[images])
+        self.embed = tf.function(lambda images: {"features": evaluation.inference(encoder, images)}, input_signature=[images])
 
 
 def export(encoder: Any, image_size: int, folder: str) -> Dict[str, str]:
@@ -188,8 +183,7 @@ def _export(config: Config, started: float) -> Dict[str, str]:
     saved_model, size = os.path.join(config.export, "saved_model"), config.image_size
     say("Wrote %s: tf.saved_model.load(%r).embed(images)['features'], images uint8 (n, %d, %d, 3)."
         % (saved_model, saved_model, size, size))
-    say("Wrote %s: input %s, output %s." % (os.path.join(config.export, "frozen.pb"), names["input"],
-                                            names["output"]))
+    say("Wrote %s: input %s, output %s." % (os.path.join(config.export, "frozen.pb"), names["input"], names["output"]))
     return names
 
 

@@ -1,8 +1,7 @@
 """What an encoder is worth: features of a data set, nearest neighbours, and a linear head trained on it.
 
-Networks run inside tf.function, where an NPU computes; what follows from features and logits runs on the host
-in NumPy, in float32 on any device. Also what the commands share that work with a saved encoder: their flags,
-and how they start and end.
+Networks run inside tf.function, where an NPU computes; what follows from features and logits runs on the host in NumPy, in float32 on
+any device. Also what the commands share that work with a saved encoder: their flags, and how they start and end.
 """
 import contextlib
 import dataclasses
@@ -41,11 +40,9 @@ class Config(npu_config.Options):
     data_dir: Optional[str] = flag(None, "Where the data set lies: CIFAR's batches folder or .tar.gz, or a "
                                    "folder of images.", alias="data_path")
     image_size: int = flag(32, "Height and width of the images (reference: 32).", low=8, high=1024)
-    test_fraction: float = flag(0.1, "Of a folder without train/ and test/: the part kept for testing.",
-                                low=0, high=0.9)
+    test_fraction: float = flag(0.1, "Of a folder without train/ and test/: the part kept for testing.", low=0, high=0.9)
     output_dir: str = flag(".", "Where results go.", alias="model_dir")
-    seed: int = flag(0, "Of random weights, order and crops: the same seed gives the same result.",
-                     low=0, high=2 ** 31 - 1)
+    seed: int = flag(0, "Of random weights, order and crops: the same seed gives the same result.", low=0, high=2 ** 31 - 1)
     quiet: bool = flag(False, "Print the result, warnings and errors only.")
     verbose: bool = flag(False, "Print what TensorFlow and the device say, too.")
 
@@ -95,8 +92,7 @@ def load_data(config: Config, labelled: bool = True) -> Any:
     if labelled and len(data.class_names) < 2:
         raise UserError("%s has %d class; a classifier needs two or more." % (where, len(data.class_names)))
     if labelled and not len(data.test_images):
-        raise UserError("%s has no test images; give a --test_fraction above 0, or folders train/ and test/."
-                        % where)
+        raise UserError("%s has no test images; give a --test_fraction above 0, or folders train/ and test/." % where)
     return data
 
 
@@ -123,10 +119,8 @@ def inference(encoder: Any, images: tf.Tensor) -> tf.Tensor:
 def features(encoder: Any, images: Any, batch_size: int = 500, check: Callable[[], None] = lambda: None) -> np.ndarray:
     """What the encoder makes of images in inference mode: float32 (n, d), on the host.
 
-    images: (n, s, s, 3), uint8 or float in [0, 1], an array or what datasets.Data holds. check: called between batches, to
-    raise what ends it early.
-    The last batch is filled up with black images, so that one graph serves all. UserError if a feature is not
-    finite.
+    images: (n, s, s, 3), uint8 or float in [0, 1], an array or what datasets.Data holds. check: called between batches, to raise what
+    ends it early. The last batch is filled up with black images, so that one graph serves all. UserError if a feature is not finite.
     """
     batch_size = max(1, min(batch_size, len(images)))
     batches = []
@@ -148,10 +142,9 @@ def knn_accuracy(train_features: np.ndarray, train_labels: np.ndarray, test_feat
                  temperature: float = TEMPERATURE) -> float:
     """The part of the test images whose class their k nearest training images tell.
 
-    The weighted vote of InstDisc (arXiv:1805.01978, section 3.4): each neighbour votes for its class with
-    exp(cosine / temperature). Of classes with equal votes the first wins.
-    Features are float (n, d), labels integers (n,) in 0..num_classes-1. k is at most the number of training
-    images. Works through the test images in blocks that bound the memory.
+    The weighted vote of InstDisc (arXiv:1805.01978, section 3.4): each neighbour votes for its class with exp(cosine / temperature).
+    Of classes with equal votes the first wins. Features are float (n, d), labels integers (n,) in 0..num_classes-1. k is at most the
+    number of training images. Works through the test images in blocks that bound the memory.
     """
     train, test = _normalised(train_features), _normalised(test_features)
     k = min(k, len(train))
@@ -164,8 +157,7 @@ def knn_accuracy(train_features: np.ndarray, train_labels: np.ndarray, test_feat
         cosine, nearest = values.numpy().astype(np.float64), indices.numpy()
         weights = np.exp((cosine - cosine.max(axis=1, keepdims=True)) / temperature)
         rows = np.arange(len(nearest))[:, None]
-        votes = np.bincount((rows * num_classes + train_labels[nearest]).ravel(), weights.ravel(),
-                            len(nearest) * num_classes)
+        votes = np.bincount((rows * num_classes + train_labels[nearest]).ravel(), weights.ravel(), len(nearest) * num_classes)
         predicted = votes.reshape(-1, num_classes).argmax(axis=1)
         correct += int((predicted == test_labels[first:first + block]).sum())
     return correct / len(test)
@@ -205,10 +197,9 @@ def statistics_of(encoder: Any, images: Any, batches: int = 20, batch_size: int 
 class Classifier(tf.Module):
     """A linear head c on an encoder f, and the compiled loop that trains the head, or both, on labelled data.
 
-    encoder: None where the loop is given features instead of images; width: the number of features.
-    learning_rate: a function of the step, a scalar int64 tensor, for Adam. The loss is softmax cross-entropy.
-    frozen: the encoder is used in inference mode and nothing of it changes, BatchNorm's moving statistics
-    included.
+    encoder: None where the loop is given features instead of images; width: the number of features. learning_rate: a function of the
+    step, a scalar int64 tensor, for Adam. The loss is softmax cross-entropy. frozen: the encoder is used in inference mode and nothing
+    of it changes, BatchNorm's moving statistics included.
     """
 
     def __init__(self, device: Device, encoder: Any, width: int, num_classes: int,
@@ -270,12 +261,10 @@ class Classifier(tf.Module):
         self._device.apply_gradients(self.optimizer, scaled, tape, weights)
         return loss,
 
-    def train(self, batches: tf.data.Dataset, last_step: int, total_steps: int, steps_per_epoch: int,
-              say: Say) -> None:
+    def train(self, batches: tf.data.Dataset, last_step: int, total_steps: int, steps_per_epoch: int, say: Say) -> None:
         """Take the steps 0..last_step - 1, of total_steps that a full run has, on the elements of `batches`.
 
-        Tells how long it will take, and the loss at an epoch's end, at most once a second. UserError if that is not a finite
-        number.
+        Tells how long it will take, and the loss at an epoch's end, at most once a second. UserError if that is not a finite number.
         """
         step, calls, seconds_a_step, since = 0, 0, None, time.time()  # type: int, int, Optional[float], float
         say("Training for %d steps, %d an epoch..." % (last_step, steps_per_epoch))

@@ -3,10 +3,9 @@
     python finetuning.py --encoder_weights f_online_200.h5 --label_fraction 0.1 --data_dir DIR
     python finetuning.py --encoder_weights none --label_fraction 0.1 --data_dir DIR
 
-The difference between the two is what pretraining brings. The last line is the accuracy over all test images,
-`Test Accuracy: 0.8692`; --output_dir gets result_finetuning.json, confusion_matrix.png, c_finetuned.h5 (the
-classification head's weights) and, without --freeze, f_finetuned.h5 (the encoder's, for embed.py or to go on
-from).
+The difference between the two is what pretraining brings. The last line is the accuracy over all test images, `Test Accuracy: 0.8692`;
+--output_dir gets result_finetuning.json, confusion_matrix.png, c_finetuned.h5 (the classification head's weights) and, without
+--freeze, f_finetuned.h5 (the encoder's, for embed.py or to go on from).
 """
 import dataclasses
 import functools
@@ -51,9 +50,9 @@ class Config(evaluation.Config):
 
 
 def finetune(config: Config) -> Dict[str, Any]:
-    """Train a classifier on labelled images: all that the command does. Gives the figures of result_finetuning.json:
-    test_accuracy, test_accuracy_top5 (of more than 5 classes), labels, loss, steps, epochs, per_class, confusion. UserError for
-    what the user can mend.
+    """Train a classifier on labelled images: all that the command does. Gives the figures of result_finetuning.json: test_accuracy,
+    test_accuracy_top5 (of more than 5 classes), labels, loss, steps, epochs, per_class, confusion. UserError for what the user can
+    mend.
     """
     started = time.time()
     device, encoder, say = evaluation.start(config)
@@ -62,8 +61,7 @@ def finetune(config: Config) -> Dict[str, Any]:
     if config.label_fraction < 1:
         chosen = choose(labels, config.label_fraction, config.seed)
         images, labels = images[chosen], labels[chosen]
-    say("Training on %d of %d labelled images of %d classes."
-        % (len(labels), len(data.train_labels), len(data.class_names)))
+    say("Training on %d of %d labelled images of %d classes." % (len(labels), len(data.train_labels), len(data.class_names)))
 
     batch_size = evaluation.batch_size_for(config.batch_size, len(labels), device, say)
     steps_per_epoch = len(labels) // batch_size
@@ -72,8 +70,7 @@ def finetune(config: Config) -> Dict[str, Any]:
     last_step = min(total_steps, config.max_steps or total_steps)
     first, rows = device.rows(batch_size)
     with device.host():
-        batches = datasets.finetuning_batches(images, labels, batch_size, config.seed, 0, last_step, first,
-                                              rows)
+        batches = datasets.finetuning_batches(images, labels, batch_size, config.seed, 0, last_step, first, rows)
     rate = functools.partial(schedules.cosine, base=config.learning_rate, total_steps=total_steps)
     classifier = evaluation.Classifier(device, encoder, encoder.features, len(data.class_names), rate,
                                        config.label_smoothing, frozen=config.freeze)
@@ -127,8 +124,8 @@ def confusion(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np
 def per_class(counts: np.ndarray, names: Sequence[str]) -> List[Dict[str, Any]]:
     """The figures of each class, from a confusion matrix.
 
-    images: of the class; accuracy: the part of them that was recognised (also called recall); precision: the
-    part of what was taken for the class that is of it. None where there is nothing to divide by.
+    images: of the class; accuracy: the part of them that was recognised (also called recall); precision: the part of what was taken
+    for the class that is of it. None where there is nothing to divide by.
     """
     return [{"class": name, "images": int(images),
              "accuracy": float(correct / images) if images else None,
@@ -142,8 +139,7 @@ def table(rows: Sequence[Dict[str, Any]]) -> str:
     width = max(len(row["class"]) for row in rows)
     lines = ["%-*s  images  accuracy  precision" % (width, "")]
     for row in rows:
-        accuracy, precision = ("-" if part is None else "%.4f" % part
-                               for part in (row["accuracy"], row["precision"]))
+        accuracy, precision = ("-" if part is None else "%.4f" % part for part in (row["accuracy"], row["precision"]))
         lines.append("%-*s  %6d  %8s  %9s" % (width, row["class"], row["images"], accuracy, precision))
     return "\n".join(lines)
 

@@ -2,10 +2,9 @@
 
     python linearevaluation.py --encoder resnet18 --encoder_weights f_online_200.h5 --data_dir DIR
 
-trains a linear head on the frozen encoder for 50 epochs of cropped and flipped images, as the reference does.
-The last line is the accuracy over all test images, `Test Accuracy: 0.8692`; --output_dir gets
-result_linearevaluation.json. --cached_features computes the features once and trains the head on them:
-minutes instead of hours on a CPU.
+trains a linear head on the frozen encoder for 50 epochs of cropped and flipped images, as the reference does. The last line is the
+accuracy over all test images, `Test Accuracy: 0.8692`; --output_dir gets result_linearevaluation.json. --cached_features computes the
+features once and trains the head on them: minutes instead of hours on a CPU.
 """
 import dataclasses
 import functools
@@ -37,8 +36,7 @@ class Config(evaluation.Config):
     batch_size: int = flag(512, "Images a step, over all devices (reference: 512).", low=1)
     learning_rate: float = flag(5e-2, "Of Adam at the start; it falls to a hundredth of it (reference: 5e-2 "
                                 "to 5e-4, power 2).", low=0)
-    label_smoothing: float = flag(0.1, "Of the training labels (ModelZoo README: 0.1; reference: 0).",
-                                  low=0, high=1)
+    label_smoothing: float = flag(0.1, "Of the training labels (ModelZoo README: 0.1; reference: 0).", low=0, high=1)
     cached_features: bool = flag(False, "Compute the features once and train the head on them.")
     augmented_copies: int = flag(
         0, "With --cached_features: train on the features of so many cropped and flipped copies of the "
@@ -91,8 +89,7 @@ def evaluate(config: Config) -> Dict[str, Any]:
     figures = {"test_accuracy": evaluation.top_k_accuracy(classifier.logits(test), data.test_labels, 1),
                "loss": float(classifier.loss.numpy()), "steps": last_step, "seconds_of_training": training}
     if config.knn:
-        figures["knn"] = evaluation.knn_accuracy(plain, data.train_labels, test, data.test_labels,
-                                                 len(data.class_names))
+        figures["knn"] = evaluation.knn_accuracy(plain, data.train_labels, test, data.test_labels, len(data.class_names))
     if device.is_chief:
         if config.knn:
             print("k-NN Accuracy: %.4f" % figures["knn"])
@@ -123,12 +120,11 @@ def augmented_features(encoder: Any, data: datasets.Data, number: int, batch_siz
     return copies
 
 
-def cached_batches(copies: Copies, batch_size: int, seed: int, last_step: int, first: int,
-                   rows: int) -> tf.data.Dataset:
+def cached_batches(copies: Copies, batch_size: int, seed: int, last_step: int, first: int, rows: int) -> tf.data.Dataset:
     """The head's training as a pipeline: features (rows, d) float32 with labels (rows,), a batch a step.
 
-    copies: features (n, d) and labels (n,) each. Epoch e goes through copy e modulo their number, in a fresh
-    order, and drops what is left over. first, rows: which rows of each batch to give.
+    copies: features (n, d) and labels (n,) each. Epoch e goes through copy e modulo their number, in a fresh order, and drops what is
+    left over. first, rows: which rows of each batch to give.
     """
     n = len(copies[0][0])
     steps_per_epoch = n // batch_size

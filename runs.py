@@ -5,7 +5,6 @@ pretraining.py calls it between two calls of the training loop. Nothing here is 
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import signal
 import time
@@ -22,17 +21,13 @@ from absl import logging
 import checkpoints
 import datasets
 import evaluation
+import health
 import models
 import progress
 import weights
 from commands import UserError
 from devices.base import Device
 
-# Warn below this fraction of the spread that evenly spread projections have; slow healthy runs were seen at 0.4 and above.
-COLLAPSED = 0.05
-# Warn where so many steps in a row are skipped. At first the loss scale, 2 ** 15, may have to be halved a few times; at 1 it ends.
-SKIPPED = 5
-HALVINGS = 16  # steps that are skipped before none is left
 # Settings that a run may change when it is resumed: they do not change what is computed.
 FREE = {"data_dir", "output_dir", "device", "num_devices", "save_every", "log_every", "iterations_per_loop", "max_steps",
         "save_checkpoints_steps", "keep_checkpoint_max", "knn_every", "resume", "overwrite", "quiet", "verbose", "jit_compile",
@@ -46,8 +41,8 @@ LOCAL = {"data_dir", "output_dir", "keep_checkpoint_max", "resume", "overwrite",
 class Result:
     """What a training has left.
 
-    step: that it stands at. weights: the newest file of the encoder's weights, or None. history: losses of all batches,
-    figures of the log lines, k-NN accuracies.
+    step: that it stands at. weights: the newest file of the encoder's weights, or None. history: losses of all batches, figures of the
+    log lines, k-NN accuracies.
     """
     output_dir: str
     step: int
@@ -172,7 +167,7 @@ class Run:
         if batch % self.config.log_every == 0:
             self._log(*[float(figure) for figure in recent[:3, -1]])
         if batch == self.steps_per_epoch:
-            self._check_skipped(float(recent[2, -1]))
+            self._stop_for(health.without_effect(self.history.skipped, self.step, self.steps_per_epoch, float(recent[2, -1])))
         if batch == self.steps_per_epoch or self.step % self.config.save_checkpoints_steps == 0:
             self._check_finite()
             if batch == self.steps_per_epoch:
@@ -207,46 +202,28 @@ class Run:
                    "learning_rate": float(self.learner.schedule(self.step))}
         if scale:
             figures.update(loss_scale=scale, skipped=skipped)
-            if self._skipped_in_a_row() >= SKIPPED:
-                logging.warning("The last %d steps did not change the weights: their gradients overflowed. The loss scale is "
-                                "%g now.", self._skipped_in_a_row(), scale)
         self.history.log.append(dict(figures, step=self.step, time=time.time()))
         if self.device.is_chief:
             self.curves.scalars(self.step, figures)
-        even = self.learner.g_online.features ** -0.5
-        if spread < COLLAPSED * even:
-            logging.warning("The projections have all but collapsed: their spread is %.5f at step %d, where %.4f is even spread and 0 "
-                            "is collapse. A lower --learning_rate or a higher --target_momentum may help.", spread, self.step, even)
+        for warning in (health.overflowing(self.history.skipped, self.step, scale),
+                        health.collapsed(spread, self.learner.g_online.features, self.step)):
+            if warning:
+                logging.warning("%s", warning)
         self.since, self.logged = time.time(), self.step
 
     def _check_finite(self, weights: bool = True) -> None:
         """UserError if a loss since the last look, or a weight now, is not a finite number; none of it has been saved then."""
-        recent = self.history.losses[-self.steps_per_epoch:]
-        bad = next((i for i, loss in enumerate(recent) if not math.isfinite(loss)), None)
-        if bad is not None:
-            what = "The loss of step %d is %s" % (self.step - len(recent) + bad + 1, recent[bad])
-        elif weights and not checkpoints.all_finite(self.learner.f_online.weights):
+        what = health.bad_loss(self.history.losses[-self.steps_per_epoch:], self.step)
+        if not what and weights and not checkpoints.all_finite(self.learner.f_online.weights):
             what = "The weights after step %d are not finite" % self.step
-        else:
-            return
-        raise UserError("%s, so the run stops; %s. Try a lower --learning_rate, or --precision_mode must_keep_origin_dtype."
-                        % (what, self._kept()))
+        self._stop_for(what)
 
-    def _skipped_in_a_row(self) -> int:
-        """How many steps, up to the last, were skipped."""
-        skipped = self.history.skipped
-        return next((n for n, step in enumerate(reversed(skipped)) if step != self.step - n), len(skipped))
-
-    def _check_skipped(self, scale: float) -> None:
-        """UserError if no step of an epoch changed the weights, and a lower loss scale did not help, or there is no lower one."""
-        number = self._skipped_in_a_row()
-        if number >= max(self.steps_per_epoch, HALVINGS):
-            raise UserError("The gradients of the last %d steps, a whole epoch or more, overflowed, so that none of them changed the "
-                            "weights (loss scale %g). The run stops; %s. Try --precision_mode must_keep_origin_dtype, or a lower "
-                            "--learning_rate." % (number, scale, self._kept()))
-
-    def _kept(self) -> str:
-        return ("its last good checkpoint is kept in %s" % self.path("checkpoints") if self.saved else "there was no checkpoint yet")
+    def _stop_for(self, what: Optional[str]) -> None:
+        """UserError if there is something wrong."""
+        if what:
+            kept = "its last good checkpoint is kept in %s" % self.path("checkpoints") if self.saved else "there was no checkpoint yet"
+            raise UserError("%s, so the run stops; %s. Try a lower --learning_rate, or --precision_mode must_keep_origin_dtype."
+                            % (what, kept))
 
     def _save_weights(self, name: str) -> None:
         if self.device.is_chief:

@@ -1,7 +1,7 @@
 """The Ascend 910 through Huawei's adapter npu_device: one device a process, several processes through HCCL.
 
-Only npu_config imports this module, and only where an NPU is wanted: importing the adapter takes the device's libraries.
-Built from the adapter's documentation and source and from runs over an emulated graph engine; not tried on hardware.
+Only npu_config imports this module, and only where an NPU is wanted: importing the adapter takes the device's libraries. Built from
+the adapter's documentation and source and from runs over an emulated graph engine; not tried on hardware.
 """
 import json
 import os

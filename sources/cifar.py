@@ -1,9 +1,9 @@
 """CIFAR-10 and CIFAR-100 in their official layout: found or downloaded, and read without trusting the files.
 
-The official files are Python pickles, and unpickling a hostile file can run any code. So the reader here knows nothing but
-the three NumPy names that those files hold, and has an inert stand-in even for these: no function of NumPy or of anything
-else is called on a file's behalf, and an array is made only after its type and shape were checked. It also reads the same
-on every NumPy, whichever way that has moved its internals.
+The official files are Python pickles, and unpickling a hostile file can run any code. So the reader here knows nothing but the three
+NumPy names that those files hold, and has an inert stand-in even for these: no function of NumPy or of anything else is called on a
+file's behalf, and an array is made only after its type and shape were checked. It also reads the same on every NumPy, whichever way
+that has moved its internals.
 """
 import contextlib
 import gzip
@@ -60,14 +60,12 @@ DOWNLOAD_TIMEOUT = 20  # seconds without an answer
 Content = Union[bytes, memoryview]
 
 
-def read(name: str, data_dir: Optional[str] = None) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray,
-                                                             Tuple[str, ...]]:
+def read(name: str, data_dir: Optional[str] = None) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Tuple[str, ...]]:
     """Read `name`, a key of LAYOUTS, from `data_dir`, else from Keras's cache, else download it by Keras.
 
-    `data_dir` is a folder with the official files, or with their folder or archive in it, or the archive.
-    Returns images for training, uint8 (n, 32, 32, 3), their int64 labels (n,), the same for testing, and the
-    names of the classes.
-    Raises UserError if a file that is there is damaged or foreign, or if the data are nowhere to be had.
+    `data_dir` is a folder with the official files, or with their folder or archive in it, or the archive. Returns images for training,
+    uint8 (n, 32, 32, 3), their int64 labels (n,), the same for testing, and the names of the classes. Raises UserError if a file that
+    is there is damaged or foreign, or if the data are nowhere to be had.
     """
     layout = LAYOUTS[name]
     source = find(layout, data_dir) or _download(layout, data_dir)
@@ -86,8 +84,7 @@ def read(name: str, data_dir: Optional[str] = None) -> Tuple[np.ndarray, np.ndar
                             % (path, layout.title, error, layout.archive, layout.url))
     for file in layout.train_files + layout.test_files:
         if file not in batches:
-            raise UserError("%s lacks the file %s; get %s anew from %s."
-                            % (source, file, layout.archive, layout.url))
+            raise UserError("%s lacks the file %s; get %s anew from %s." % (source, file, layout.archive, layout.url))
     train = _join([batches[file] for file in layout.train_files])
     return train + _join([batches[file] for file in layout.test_files]) + (names,)
 
@@ -211,8 +208,7 @@ class _Unpickler(pickle._Unpickler):
 
     It knows the opcodes up to the protocol of the official files; later ones can also read past `_Parts`.
     """
-    dispatch = {ord(opcode.code): pickle._Unpickler.dispatch[ord(opcode.code)]
-                for opcode in pickletools.opcodes if opcode.proto <= 2}
+    dispatch = {ord(opcode.code): pickle._Unpickler.dispatch[ord(opcode.code)] for opcode in pickletools.opcodes if opcode.proto <= 2}
     stand_ins = {("numpy.core.multiarray", "_reconstruct"): _Inert, ("numpy", "dtype"): _Inert,
                  ("numpy", "ndarray"): None}  # ndarray is but an argument of _reconstruct
 
@@ -270,7 +266,6 @@ def _join(batches: List[Tuple[np.ndarray, np.ndarray]]) -> Tuple[np.ndarray, np.
 
 def _class_names(meta: Dict[bytes, Any], layout: Layout) -> Tuple[str, ...]:
     names = meta.get(layout.names_key)
-    if (not isinstance(names, list) or len(names) != layout.classes
-            or not all(isinstance(name, bytes) for name in names)):
+    if (not isinstance(names, list) or len(names) != layout.classes or not all(isinstance(name, bytes) for name in names)):
         raise pickle.UnpicklingError("it holds no %d class names" % layout.classes)
     return tuple(name.decode("ascii", "replace") for name in names)

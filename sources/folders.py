@@ -26,8 +26,8 @@ OPEN_FILES = ("/proc/self/fd", "/dev/fd")  # where a process can open a file tha
 class ImagesOnDisk:
     """Decoded images, uint8 (n, s, s, 3), in a raw temporary file, for what does not fit into memory.
 
-    len() counts them; an index, a slice or an array of indices reads them as an array; `tensor()` maps them.
-    The file has no name where the system allows it, so that its room is free again however the process ends.
+    len() counts them; an index, a slice or an array of indices reads them as an array; `tensor()` maps them. The file has no name
+    where the system allows it, so that its room is free again however the process ends.
     """
     dtype = np.dtype(np.uint8)
 
@@ -71,17 +71,15 @@ def read(folder: str, image_size: int, test_fraction: float, memory_limit: int, 
                     Tuple[str, ...], Tuple[str, ...], Tuple[str, ...]]:
     """Read a folder of images: the fields of `datasets.Data` in their order, images as uint8 (n, s, s, 3).
 
-    Where more than `memory_limit` bytes come together, the images are kept in a file in `cache_dir`. Files
-    that are no usable images, and folders that cannot be read, are skipped with a warning that names them; hidden files
-    and links to folders are ignored. The split depends on nothing but the files' names. Raises UserError if what is left is no
-    data set.
+    Where more than `memory_limit` bytes come together, the images are kept in a file in `cache_dir`. Files that are no usable images,
+    and folders that cannot be read, are skipped with a warning that names them; hidden files and links to folders are ignored. The
+    split depends on nothing but the files' names. Raises UserError if what is left is no data set.
     """
     folder = os.path.expanduser(folder)
     if not os.path.isdir(folder):
         raise UserError("The image folder %s does not exist or is no folder." % folder)
     if not 0 <= test_fraction < 1:
-        raise UserError("The fraction of test images is %g; it must be at least 0 and less than 1."
-                        % test_fraction)
+        raise UserError("The fraction of test images is %g; it must be at least 0 and less than 1." % test_fraction)
     train, test = _listings(folder, test_fraction)
     train_images, kept = _decode(train.paths, folder, image_size, memory_limit, cache_dir)
     train = _only(train, kept)
@@ -106,8 +104,7 @@ def read(folder: str, image_size: int, test_fraction: float, memory_limit: int, 
                         % (folder, len(train.paths), len(names)))
     unknown = sorted(set(test.classes) - set(names))
     if unknown:
-        raise UserError("The class %r of %s has images for testing, but no usable one for training."
-                        % (unknown[0], folder))
+        raise UserError("The class %r of %s has images for testing, but no usable one for training." % (unknown[0], folder))
     number = {name: index for index, name in enumerate(names)}
     train_labels = np.array([number[name] for name in train.classes], np.int64)
     test_labels = np.array([number[name] for name in test.classes], np.int64)
@@ -121,8 +118,7 @@ def _listings(folder: str, test_fraction: float) -> Tuple[Listing, Listing]:
         if len(inside) > 2:
             logging.warning("Beside train and test, these folders in %s are ignored: %s.", folder,
                             ", ".join(repr(name) for name in inside if name not in ("train", "test")))
-        train, test = (_list(path, *_entries(path))
-                       for path in (os.path.join(folder, "train"), os.path.join(folder, "test")))
+        train, test = (_list(path, *_entries(path)) for path in (os.path.join(folder, "train"), os.path.join(folder, "test")))
         if not test.paths:
             return train, _only(train, [])
         if (train.classes is None) != (test.classes is None):
@@ -145,8 +141,7 @@ def _names(listing: Listing, folder: str) -> Tuple[str, ...]:
 
 
 def _choose(names: Sequence[str], classes: Sequence[str], fraction: float) -> Set[int]:
-    """Indices for testing: of each class the fraction whose names have the least hashes, but one at least
-    where the class has two.
+    """Indices for testing: of each class the fraction whose names have the least hashes, but one at least where the class has two.
 
     So every command, whatever its seed, keeps the same images apart, and new files change little of it.
     """
@@ -162,8 +157,7 @@ def _choose(names: Sequence[str], classes: Sequence[str], fraction: float) -> Se
 
 
 def _only(listing: Listing, indices: List[int]) -> Listing:
-    return Listing([listing.paths[i] for i in indices],
-                   None if listing.classes is None else [listing.classes[i] for i in indices])
+    return Listing([listing.paths[i] for i in indices], None if listing.classes is None else [listing.classes[i] for i in indices])
 
 
 def _entries(folder: str) -> Tuple[List[str], List[str]]:
@@ -203,8 +197,7 @@ def _files(folder: str) -> List[str]:
     return paths
 
 
-def _decode(paths: List[str], folder: str, image_size: int, memory_limit: int,
-            cache_dir: Optional[str]) -> Tuple[Images, List[int]]:
+def _decode(paths: List[str], folder: str, image_size: int, memory_limit: int, cache_dir: Optional[str]) -> Tuple[Images, List[int]]:
     """Decode files to images of one size, in memory or on disk; also tells which of the files were usable."""
     kept: List[int] = []
     skipped: List[str] = []
@@ -227,8 +220,7 @@ def _decode(paths: List[str], folder: str, image_size: int, memory_limit: int,
             array[len(kept) - 1] = image
         result = array[:len(kept)]
     if skipped:
-        logging.warning("Skipped %d of %d files in %s: %s.", len(skipped), len(paths), folder,
-                        _shown(skipped))
+        logging.warning("Skipped %d of %d files in %s: %s.", len(skipped), len(paths), folder, _shown(skipped))
     return result, kept
 
 

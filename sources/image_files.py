@@ -42,8 +42,7 @@ def empty(number: int, image_size: int) -> np.ndarray:
 def load(path: str, image_size: int) -> np.ndarray:
     """Read an image file as uint8 (image_size, image_size, 3).
 
-    The image is as `decode` gives it. The largest square in the middle is taken and shrunk by averaging areas, or
-    enlarged bilinearly.
+    The image is as `decode` gives it. The largest square in the middle is taken and shrunk by averaging areas, or enlarged bilinearly.
     Raises Unusable for what is no file, no such image, damaged, or beyond the limits above.
     """
     try:
@@ -62,10 +61,9 @@ def load(path: str, image_size: int) -> np.ndarray:
 def decode(data: bytes, image_size: int = 0) -> np.ndarray:
     """Decode an image file's content, in one of FORMATS, to uint8 (height, width, 3). Raises Unusable.
 
-    The image is turned as the camera noted (EXIF). Grey becomes RGB, 16 bits become 8; what is transparent is laid over
-    white; of an animation it is the first frame.
-    A JPEG whose sides are at least 8 times `image_size` comes out smaller by a factor of 2, 4 or 8, but still
-    4 times that size: libjpeg averages areas by not decoding their details. With 0 it never does.
+    The image is turned as the camera noted (EXIF). Grey becomes RGB, 16 bits become 8; what is transparent is laid over white; of an
+    animation it is the first frame. A JPEG whose sides are at least 8 times `image_size` comes out smaller by a factor of 2, 4 or 8,
+    but still 4 times that size: libjpeg averages areas by not decoding their details. With 0 it never does.
     """
     many = "more than %d million pixels" % (PIXEL_LIMIT // 1000000)
     try:

@@ -1,8 +1,7 @@
 """An embedded data set of simple shapes, made from a seed, so that everything can be tried with no download.
 
-Ten classes of shapes at random place, size, turn and colour over random textured backgrounds. Colour, area
-and place are drawn before the class and from the same distributions for all classes, so that only the outline
-tells the class.
+Ten classes of shapes at random place, size, turn and colour over random textured backgrounds. Colour, area and place are drawn before
+the class and from the same distributions for all classes, so that only the outline tells the class.
 """
 from typing import Dict, List, Tuple
 
@@ -32,11 +31,10 @@ _CHUNK_PIXELS = 1 << 19  # pixels drawn at a time, which bounds the memory for i
 
 
 def signed_distance(kind: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Distance of the points (x, y) from the outline of a shape centred at 0: negative inside, positive
-    outside.
+    """Distance of the points (x, y) from the outline of a shape centred at 0: negative inside, positive outside.
 
-    The formula for polygons is that of https://iquilezles.org/articles/distfunctions2d: the least distance to
-    an edge, its sign by counting the edges that a ray crosses.
+    The formula for polygons is that of https://iquilezles.org/articles/distfunctions2d: the least distance to an edge, its sign by
+    counting the edges that a ray crosses.
     """
     if kind == "circle":
         return np.hypot(x, y) - 1
@@ -66,8 +64,8 @@ def _area_and_radius(kind: str) -> Tuple[float, float]:
 def make(number: int, seed: Tuple[int, int], image_size: int = 32) -> Tuple[np.ndarray, np.ndarray]:
     """Draw `number` images; the same seed gives the same images.
 
-    Returns uint8 images (number, image_size, image_size, 3) and int64 labels (number,), whose classes are
-    equally frequent to within one. Raises UserError if an image cannot hold a shape.
+    Returns uint8 images (number, image_size, image_size, 3) and int64 labels (number,), whose classes are equally frequent to within
+    one. Raises UserError if an image cannot hold a shape.
     """
     if number < 1 or image_size < 16:
         raise UserError("The shapes data set was asked for %d images of %d x %d pixels; it needs at least 1 "
@@ -116,9 +114,7 @@ def _draw(labels: np.ndarray, random: np.random.RandomState, size: int, measures
 
 
 def _background(n: int, random: np.random.RandomState, size: int) -> Tuple[np.ndarray, np.ndarray]:
-    """Random colours with waves over them: (n, size, size, 3), and the colours alone, (n, 3), all about [0,
-    1].
-    """
+    """Random colours with waves over them: (n, size, size, 3), and the colours alone, (n, 3), all about [0, 1]."""
     base = random.uniform(0, 1, (n, 3))
     background = np.tile(base[:, None, None], (1, size, size, 1))
     place = np.arange(size) / size

@@ -79,8 +79,8 @@ def test_overflow_without_end_ends_the_run_in_one_line(tiny_images, tmp_path, wh
     *warnings, last = error.splitlines()
     assert last == (
         "pretraining.py: The gradients of the last 16 steps, a whole epoch or more, overflowed, so that none of them changed the "
-        "weights (loss scale 1). The run stops; its last good checkpoint is kept in %s/checkpoints. Try --precision_mode "
-        "must_keep_origin_dtype, or a lower --learning_rate." % tmp_path)
+        "weights (loss scale 1), so the run stops; its last good checkpoint is kept in %s/checkpoints. Try a lower --learning_rate, "
+        "or --precision_mode must_keep_origin_dtype." % tmp_path)
     assert [line.split("steps")[0] for line in warnings] == ["WARNING: The last %d " % n for n in (6, 8, 10, 12, 14, 16)]
     assert not list(tmp_path.glob("f_online*.h5")) and not (tmp_path / "checkpoints" / "ckpt-16.index").exists()
 
