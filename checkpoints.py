@@ -68,7 +68,7 @@ class Checkpoints:
         before = [number for number in map(_step, finished(self._folder)) if number < step]
         try:
             _remove(self._folder, before)
-            with _for_tensorflow(path) as prefix:
+            with for_tensorflow(path) as prefix:
                 self._checkpoint.write(prefix)
             for name in glob.glob(glob.escape(path) + ".*"):  # on the disk, not only in its cache, before the JSON vouches for it
                 with open(name, "rb+") as file:
@@ -92,7 +92,7 @@ class Checkpoints:
         for path in found:
             try:
                 content = _vouched(path)
-                with _for_tensorflow(path) as prefix:
+                with for_tensorflow(path) as prefix:
                     if "history" not in content:
                         content["history"] = json.loads(tf.train.load_checkpoint(prefix).get_tensor(HISTORY))
                     self._checkpoint.read(prefix).assert_existing_objects_matched().expect_partial()
@@ -237,7 +237,7 @@ def _crc_of_index(path: str) -> int:
 
 
 @contextlib.contextmanager
-def _for_tensorflow(path: str) -> Iterator[str]:
+def for_tensorflow(path: str) -> Iterator[str]:
     """A name for `path` without what is in its folder's: TensorFlow takes [ and * there for patterns."""
     folder, name = os.path.split(path)
     handle = os.open(folder, os.O_RDONLY)

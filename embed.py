@@ -12,6 +12,7 @@ DIR/frozen.pb, the same as a frozen graph, the form from which Ascend's ATC make
 """
 import dataclasses
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -26,11 +27,13 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
+import checkpoints
 import datasets
 import evaluation
 from commands import UserError, flag
 
 PICTURED = 2000  # images at most, drawn by --seed: t-SNE would take minutes for more, and dots would overlap
+MARK = "about-this-folder.txt"
 PERPLEXITY = 30.0  # of t-SNE (scikit-learn's default)
 
 
@@ -151,16 +154,21 @@ class Exported(tf.Module):
 def export(encoder: Any, image_size: int, folder: str) -> Dict[str, str]:
     """Write the encoder into `folder`, as saved_model/ and frozen.pb; an earlier export there is replaced.
 
-    Gives the names of the frozen graph's input and output.
+    Gives the names of the frozen graph's input and output. UserError for files of these names that are of another program.
     """
     commands.make_folder(folder)
-    module = Exported(encoder, image_size)
     saved_model = os.path.join(folder, "saved_model")
+    there = [name for name in ("saved_model", "frozen.pb") if os.path.exists(os.path.join(folder, name))]
+    if there and not os.path.isfile(os.path.join(saved_model, MARK)) and not _exported_before(folder):
+        raise UserError("%s holds a %s that embed.py did not write; choose another folder for --export." % (folder, there[0]))
+    module = Exported(encoder, image_size)
     temporary = tempfile.mkdtemp(dir=folder, prefix=".tmp-")
     try:
-        tf.saved_model.save(module, temporary, signatures={"serving_default": module.embed})
-        loaded = tf.saved_model.load(temporary)  # has to stay: the graph does not keep its variables
+        with checkpoints.for_tensorflow(temporary) as path:
+            tf.saved_model.save(module, path, signatures={"serving_default": module.embed})
+            loaded = tf.saved_model.load(path)  # has to stay: the graph does not keep its variables
         graph = convert_variables_to_constants_v2(loaded.signatures["serving_default"])
+        commands.write_atomically(os.path.join(temporary, MARK), "Written by embed.py (BYOL), which replaces this folder.\n")
         os.chmod(temporary, 0o755)  # mkdtemp makes folders that only their owner may read
         if os.path.isdir(saved_model):
             shutil.rmtree(saved_model)
@@ -170,6 +178,15 @@ def export(encoder: Any, image_size: int, folder: str) -> Dict[str, str]:
     frozen = graph.graph.as_graph_def().SerializeToString()
     commands.write_atomically(os.path.join(folder, "frozen.pb"), frozen)
     return {"input": graph.inputs[0].name, "output": graph.outputs[0].name}
+
+
+def _exported_before(folder: str) -> bool:
+    """Whether an export without MARK is in the folder, as the first version wrote it."""
+    try:
+        with open(os.path.join(folder, "result_export.json")) as file:
+            return "encoder_weights" in json.load(file)["config"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _export(config: Config, started: float) -> Dict[str, str]:

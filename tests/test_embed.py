@@ -192,3 +192,32 @@ def test_no_images_of_a_split(main, tmp_path):
     write_images(tmp_path / "b", ["%d.png" % i for i in range(3)])
     with pytest.raises(UserError, match="0 images for --split test"):
         main(dataset="folder", data_dir=str(tmp_path / "b"), split="test")
+
+
+@pytest.mark.parametrize("theirs", ["saved_model/saved_model.pb", "frozen.pb"])
+def test_what_another_program_exported_is_left_alone(encoder, tmp_path, theirs):
+    path = tmp_path / theirs
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"not ours")
+    with pytest.raises(UserError, match="holds a %s that embed.py did not write" % theirs.split("/")[0]):
+        embed.export(encoder, 32, str(tmp_path))
+    assert path.read_bytes() == b"not ours" and [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
+
+
+def test_an_export_of_the_first_version_is_replaced(encoder, tmp_path):
+    (tmp_path / "saved_model").mkdir()
+    (tmp_path / "frozen.pb").write_text("old")
+    (tmp_path / "result_export.json").write_text('{"config": {"encoder_weights": "f.h5"}}')
+    embed.export(encoder, 32, str(tmp_path))
+    assert (tmp_path / "saved_model" / "saved_model.pb").exists() and (tmp_path / "frozen.pb").read_bytes() != b"old"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="there is no /proc, by which TensorFlow is given another name")
+def test_a_folders_name_may_have_brackets_and_stars(encoder, tmp_path):
+    folder = tmp_path / "exp[1] lr*?"
+    embed.export(encoder, 32, str(folder))
+    images = np.random.RandomState(0).randint(0, 256, (2, 32, 32, 3)).astype(np.uint8)
+    moved = tmp_path / "plain"
+    folder.rename(moved)
+    loaded = tf.saved_model.load(str(moved / "saved_model"))
+    np.testing.assert_allclose(loaded.embed(images)["features"], evaluation.features(encoder, images), atol=1e-5)
