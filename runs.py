@@ -142,8 +142,10 @@ class Run:
         """Whether a worker has had a signal; all note it, so that they stop after the same step."""
         if self.shown.broken and not self.signals.number:  # nobody reads what is printed any more, as after `| head`
             self.signals.number = signal.SIGPIPE
-        self.signals.number = int(max(self.device.gather(self.signals.number or 0))) or None
-        return self.signals.number is not None
+        known = int(max(self.device.gather(self.signals.number or 0)))
+        if known:  # else one that came meanwhile stays noted for the next time
+            self.signals.number = known
+        return known > 0
 
     def steps_to_take(self) -> int:
         """How many steps the next call of the loop takes: up to the next log line, checkpoint or end, whichever is first."""

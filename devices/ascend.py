@@ -3,10 +3,14 @@
 Only npu_config imports this module, and only where an NPU is wanted: importing the adapter takes the device's libraries. Built from
 the adapter's documentation and source and from runs over an emulated graph engine; not tried on hardware.
 """
+import contextlib
 import json
 import os
+import sys
+import threading
 from typing import Any, Callable, ContextManager, Iterator, List, Optional, Sequence, Tuple
 
+import numpy as np
 import tensorflow as tf
 from absl import logging
 
@@ -21,6 +25,10 @@ MIXED_MODES = ("allow_mix_precision", "allow_mix_precision_fp16")
 DEFAULT_MODE = "allow_mix_precision"
 INSTALL = ("install TensorFlow 2.6.5 under Python 3.7 to 3.9 and the wheel npu_device-2.6.5 that belongs to your CANN, add the "
            "wheel's folder to PYTHONPATH, and run `source /usr/local/Ascend/cann/set_env.sh`; or use --device cpu")
+
+# Seconds that a rank waits for the others before it ends: the variable that sets them, and what they are without it.
+RANK_TIMEOUT = "BYOL_RANK_TIMEOUT"
+RANK_SECONDS = "600"
 
 
 class NoDeviceError(UserError):
@@ -43,6 +51,7 @@ class NpuDevice(Device):
         # In every other mode matrix products and convolutions take float16, so that small gradients could vanish.
         self.half = None if mode == "must_keep_origin_dtype" else "float16"
         self._loop_size = 0
+        self._sum = tf.function(self._sum_over_ranks, autograph=False)  # type: Any
 
     @property
     def restores(self) -> bool:
@@ -60,7 +69,15 @@ class NpuDevice(Device):
         return "NPU in %s%s" % (self.mode, ", %d replicas" % self.replicas if self.replicas > 1 else "")
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return tf.function(function)
+        compiled = tf.function(function)
+        if self.workers == 1:
+            return compiled
+
+        def with_the_others(*args: Any) -> Any:
+            with self._awaiting_others():
+                return compiled(*args)
+
+        return with_the_others
 
     def run(self, function: Callable[..., Any], args: Tuple[Any, ...]) -> Any:
         results = function(*args)
@@ -105,9 +122,46 @@ class NpuDevice(Device):
         # Counters are int64, which is not among the types that HCCL is documented to take: they travel as int32.
         wide = [variable for variable in variables if variable.dtype == tf.int64]
         narrow = [tf.Variable(tf.cast(variable, tf.int32), trainable=False) for variable in wide]
-        self.npu.distribute.broadcast([v for v in variables if v.dtype != tf.int64] + narrow, root_rank=0)
+        with self._awaiting_others():
+            self.npu.distribute.broadcast([v for v in variables if v.dtype != tf.int64] + narrow, root_rank=0)
         for variable, value in zip(wide, narrow):
             variable.assign(tf.cast(value, tf.int64))
+
+    def gather(self, number: float) -> List[float]:
+        if self.workers == 1:
+            return [number]
+        # HCCL takes no float64, and a sum of float32 would round: the 64 bits travel as four numbers of 16, in int32.
+        parts = np.zeros([self.workers, 4], np.int32)
+        parts[self.worker_id] = np.frombuffer(np.float64(number).tobytes(), np.uint16)
+        with self._awaiting_others():
+            everyone = self._sum(tf.constant(parts)).numpy()
+        return [float(each) for each in np.frombuffer(everyone.astype(np.uint16).tobytes(), np.float64)]
+
+    def _sum_over_ranks(self, values: tf.Tensor) -> tf.Tensor:
+        return self.npu.distribute.all_reduce([values], reduction="sum")[0]
+
+    @contextlib.contextmanager
+    def _awaiting_others(self) -> Iterator[None]:
+        """What is done inside needs the other ranks: if it takes too long, this process ends with one line.
+
+        A thread does it, for nothing else gets through to a process that waits in HCCL.
+        """
+        seconds = float(os.environ.get(RANK_TIMEOUT, RANK_SECONDS))
+
+        def end() -> None:
+            sys.stderr.write("%s: Rank %d has waited %g seconds for the other ranks, of which one has ended, failed or hangs, so it "
+                             "ends too. Start all ranks again with the same commands: they go on from the newest checkpoint. %s sets "
+                             "the seconds.\n" % (os.path.basename(sys.argv[0]), self.worker_id, seconds, RANK_TIMEOUT))
+            sys.stderr.flush()
+            os._exit(1)
+
+        timer = threading.Timer(seconds, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def iterate(self, batches: tf.data.Dataset) -> Iterator[Any]:
         # The adapter feeds the device only from iterators that were made on it, even where the data set is on the host.
@@ -167,6 +221,13 @@ def _check_environment() -> None:
         raise UserError("%s is %r; it is the number of devices that train together, 1 or more." % (name, size))
     if int(size) == 1:
         return
+    try:
+        patient = float(environment.get(RANK_TIMEOUT, RANK_SECONDS)) > 0
+    except ValueError:
+        patient = False
+    if not patient:
+        raise UserError("%s is %r; it is the seconds that a rank waits for the others, a number above 0."
+                        % (RANK_TIMEOUT, environment[RANK_TIMEOUT]))
     table = environment.get("RANK_TABLE_FILE")
     if (table is None) == ("CM_CHIEF_IP" not in environment):
         raise UserError("%s is %s, so HCCL needs either RANK_TABLE_FILE and RANK_ID, or CM_CHIEF_IP, CM_CHIEF_PORT, "

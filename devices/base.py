@@ -171,7 +171,7 @@ class Device:
         """Give every worker the chief's values, once they are as the training starts from."""
 
     def gather(self, number: float) -> List[float]:
-        """Every worker's number, in their order, for all to decide alike. On NPU only its own."""
+        """Every worker's number, in their order, for all to decide alike."""
         return [number]
 
     def together(self) -> ContextManager[Any]:

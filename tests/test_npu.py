@@ -113,6 +113,8 @@ def test_what_an_npu_cannot_do_is_refused_even_by_auto(monkeypatch, settings, te
     (dict(RANK_SIZE="8", RANK_TABLE_FILE="nowhere.json"), "there is no file nowhere.json"),
     (dict(RANK_SIZE="8", RANK_TABLE_FILE=__file__), "RANK_ID is ''; with RANK_SIZE 8 it is a number from 0 to 7"),
     (dict(RANK_SIZE="8", RANK_TABLE_FILE=__file__, RANK_ID="8"), "RANK_ID is '8'"),
+    (dict(RANK_SIZE="8", RANK_TABLE_FILE=__file__, RANK_ID="0", BYOL_RANK_TIMEOUT="long"), "BYOL_RANK_TIMEOUT is 'long'"),
+    (dict(RANK_SIZE="8", RANK_TABLE_FILE=__file__, RANK_ID="0", BYOL_RANK_TIMEOUT="0"), "BYOL_RANK_TIMEOUT is '0'"),
 ])
 def test_a_wrong_environment_is_told_before_the_adapter_is_imported(monkeypatch, variables, text):
     monkeypatch.setitem(sys.modules, "npu_device", None)  # importing it would be another error
@@ -210,6 +212,25 @@ def test_counters_are_broadcast_as_a_type_that_hccl_takes():
     npu.broadcast(variables)
     assert npu.npu.distribute.broadcasts == [["float32", "int32"]]
     assert variables[0].numpy().tolist() == [7, 7] and variables[1].dtype == tf.int64 and int(variables[1]) == 7
+
+
+def test_ranks_gather_each_others_numbers_to_the_bit():
+    numbers = [0.1, 2.0 ** 32 - 1, -1e300, 0.0]
+    sent = []
+
+    def all_reduce(values, reduction):
+        value, = values
+        assert reduction == "sum" and value.dtype == tf.int32  # HCCL takes no float64
+        sent.append(tf.numpy_function(lambda own: (rows.append(own), sum(rows))[1], [value], tf.int32))
+        return sent[-1:]
+
+    rows = []
+    for rank, number in enumerate(numbers):
+        npu = device()
+        npu.worker_id, npu.npu.distribute.all_reduce = rank, all_reduce
+        gathered = npu.gather(number)
+    assert gathered == numbers
+    assert npu.gather(0) == numbers and len(sent) == 4  # one graph a rank, whatever is sent
 
 
 def test_results_are_the_mean_of_all_ranks():

@@ -174,11 +174,12 @@ def test_variables_are_broadcast_once_and_gradients_averaged_at_each_step(runs):
         # f, g, q, f', g'; Adam's two slots for what is trained of f, g, q, and its counter; the loss scale and its counter;
         # the step and the latest losses
         assert broadcast["count"] == 2 * 120 + 3 * 8 + 2 * (80 + 6 + 6) + 1 + 2 + 2
-        assert [event["reduction"] for event in runs.events("two", "all_reduce", rank)] == ["mean", "mean"]  # gradients, results
+        # What ranks tell each other between the calls of the loop; gradients, overflow status and results within.
+        assert [event["reduction"] for event in runs.events("two", "all_reduce", rank)] == ["sum", "mean", "sum", "mean"]
         assert [event["steps"] for event in runs.events("two", "run", rank) if event["function"] == "_train_loop"] == [2, 2, 1]
-    calls = glob.glob(runs.path("hccl", "all_reduce_*-1.npz"))
-    assert len(calls) == 2 * 5
-    gradients = [np.load(runs.path("hccl", "all_reduce_0-0-%d.npz" % rank))["arr_0"] for rank in (0, 1)]
+    calls = [len(glob.glob(runs.path("hccl", "all_reduce_%d-*-1.npz" % number))) for number in range(4)]
+    assert calls == [1 + 3 + 2, 5, 5, 5]  # once at the start, before each call of the loop, twice at the end; at each of 5 steps
+    gradients = [np.load(runs.path("hccl", "all_reduce_1-0-%d.npz" % rank))["arr_0"] for rank in (0, 1)]
     assert not np.allclose(*gradients)  # each rank has its own images
 
 

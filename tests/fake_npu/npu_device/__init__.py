@@ -284,6 +284,8 @@ def _gather(name, *arrays):
 def _all_reduce(values, reduction="mean", fusion=1, fusion_id=-1, group="hccl_world_group"):
     if _state.handle is None or not _state.handle.is_cluster_worker():
         return values
+    if not isinstance(values, (list, tuple)):
+        return _all_reduce([values], reduction, fusion, fusion_id, group)[0]
     values = [tf.convert_to_tensor(value) for value in values]
     for value in values:
         if value.dtype.name not in HCCL_TYPES:
@@ -305,6 +307,7 @@ def _all_reduce(values, reduction="mean", fusion=1, fusion_id=-1, group="hccl_wo
 def _broadcast(values, root_rank=0, fusion=2, fusion_id=0, group="hccl_world_group"):
     if _state.handle is None or not _state.handle.is_cluster_worker():
         return
+    values = values if isinstance(values, (list, tuple)) else [values]
     for value in values:
         if value.dtype.name not in HCCL_TYPES:
             raise TypeError("HCCL cannot broadcast %s" % value.dtype.name)
@@ -342,7 +345,7 @@ def _overflow_status(gradients, iterations):
     overflown = tf.logical_not(tf.reduce_all([tf.reduce_all(tf.math.is_finite(gradient)) for gradient in gradients]))
     steps = os.environ.get("FAKE_NPU_OVERFLOW", "0")
     wanted = steps == "always" or tf.reduce_any(tf.equal(iterations + 1, [int(step) for step in steps.split(",")]))
-    return tf.cast(tf.logical_or(overflown, wanted), tf.int32)
+    return _all_reduce(tf.cast(tf.logical_or(overflown, wanted), tf.int32), "sum", fusion=0)
 
 
 distribute = types.SimpleNamespace(all_reduce=_all_reduce, broadcast=_broadcast)
