@@ -53,7 +53,8 @@ class Options:
     data_dump_path: str = flag("data_dump", "NPU: folder for --data_dump_flag, made if need be.")
     profiling: bool = flag(False, "NPU: collect a profile (ModelZoo).")
     profiling_dump_path: str = flag("profiling", "NPU: folder for --profiling, made if need be.")
-    auto_tune: bool = flag(False, "Accepted for ModelZoo's scripts, without effect: the current adapter no longer has it.")
+    auto_tune: bool = flag(False, "Accepted for ModelZoo's scripts, without effect: the current adapter no longer has it.",
+                           alias="autotune")
 
 
 def open_device(options: Options, alone: bool = False) -> Device:

@@ -34,6 +34,8 @@ from commands import UserError, flag
 from devices import graph_check
 from devices.base import Device
 
+PERFORMANCE_STEPS = 20  # ModelZoo's
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(recipes.Recipe, npu_config.Options):
@@ -62,6 +64,8 @@ class Config(recipes.Recipe, npu_config.Options):
     seed: int = flag(0, "Of initial weights, order and views: the same seed gives the same run.", low=0, high=2 ** 31 - 1)
     max_steps: Optional[int] = flag(None, "End in good order after so many steps of the run; schedules stay those of num_epochs.",
                                     low=1)
+    perf: Optional[int] = flag(None, "As ModelZoo's performance script gives it. 0: end after %d batches, unless --max_steps says "
+                               "otherwise; other numbers change nothing." % PERFORMANCE_STEPS, low=0)
     resume: bool = flag(True, "Go on from the newest checkpoint in output_dir, if there is one. --noresume starts anew.")
     overwrite: bool = flag(False, "With --noresume: overwrite the results of an earlier run.")
     quiet: bool = flag(False, "Print warnings and errors only.")
@@ -238,6 +242,8 @@ def consistent(config: Config) -> Config:
         config = dataclasses.replace(config, save_checkpoints_steps=steps + loop_size - steps % loop_size)
     if config.warmup_epochs >= config.num_epochs:
         raise UserError("--warmup_epochs %d leaves none of --num_epochs %d." % (config.warmup_epochs, config.num_epochs))
+    if config.perf == 0 and config.max_steps is None:
+        config = dataclasses.replace(config, max_steps=PERFORMANCE_STEPS)
     if config.overwrite and config.resume:
         raise UserError("--overwrite goes with --noresume.")
     return config

@@ -8,5 +8,6 @@ parse "Pretrains on one device to the end (goes on where an earlier run stopped)
 speed and accuracy into output_path/\${CaseName}.log." "$@"
 prepare 1 acc
 pretrain_alone --resume
-accuracy=$(evaluate_linearly)
-write_log "$output/train_$ASCEND_DEVICE_ID.log" "$accuracy"
+log=$output/train_$ASCEND_DEVICE_ID.log
+accuracy=$(evaluate_linearly "$log")
+write_log "$log" "$accuracy"

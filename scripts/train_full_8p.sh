@@ -59,5 +59,5 @@ if [ $status -ne 0 ]; then
     fail "a process failed; the logs are $output/train_<rank>.log." $status
 fi
 trap - TERM INT
-accuracy=$(evaluate_linearly)
+accuracy=$(evaluate_linearly "$output/train_0.log")
 write_log "$output/train_0.log" "$accuracy"

@@ -31,8 +31,9 @@ if script == "pretraining.py":
     open(os.path.join(run, "f_online_10.h5"), "w").close()
     open(os.path.join(run, "losses.txt"), "w").write("2.5\\n1.25\\n")
     for speed in os.environ.get("SPEEDS", "10.0 100.0 300.0").split():
-        print("[Epoch 1/1 Batch 10/97] Loss=1.00723. Time=1.00, %s images/s, spread 0.0700, 0:00:01 left" % speed)
+        print("[Epoch 1/1 Batch 10/97] Loss=1.00723. Time=%.2f, %s images/s, spread 0.07, 0:00:01 left" % (5120 / float(speed), speed))
 else:
+    print("[Epoch 50/50 Batch 97/97] Loss=0.81234. Time=3.00")
     print("Test Accuracy: 0.8692")
 """
 
@@ -82,7 +83,8 @@ def test_help_lists_exactly_what_is_parsed(script, name):
                  "mixlist_file", "fusion_off_flag", "fusion_off_file", "auto_tune", "batch_size", "train_epochs"):
         assert flag in names
     values = {"data_path": str(script.folder), "output_path": str(script.folder / "out"), "rank_size": "1",
-              "rank_table_file": str(script.folder / "table.json"), "batch_size": "64"}
+              "rank_table_file": str(script.folder / "table.json"), "batch_size": "64", "ckpt_path": str(script.folder / "ckpt")}
+    values.update({name: str(script.folder / name) for name in ("over_dump_path", "data_dump_path", "profiling_dump_path")})
     given = ["--%s=%s" % (flag, values.get(flag, default)) for flag, default in listed if values.get(flag, default) != "none"]
     assert script(name, *given).returncode == 0
     assert script(name, *[word for flag in given for word in flag.split("=")]).returncode == 0
@@ -104,6 +106,47 @@ def test_flags_reach_pretraining_under_its_own_names(script):
     for flag in ("--data_path=%s" % script.folder, "--precision_mode=force_fp32", "--num_epochs=3",
                  "--encoder_weights=%s" % (script.folder / "out" / "run" / "f_online_10.h5")):
         assert flag in linear["arguments"]
+
+
+def test_other_spellings_and_paths_of_modelzoo(script):
+    paths = {name: str(script.folder / name) for name in ("over_dump_path", "data_dump_path", "profiling_dump_path")}
+    done = script.train("train_full_1p.sh", "--num_epochs=3", "--autotune=True", "--ckpt_path=%s" % (script.folder / "ckpt"),
+                        *["--%s=%s" % path for path in paths.items()])
+    assert done.returncode == 0, done.stderr
+    pretraining, linear = (call["arguments"] for call in script.calls())
+    given = ["--%s=%s" % path for path in paths.items()] + ["--output_dir=%s" % (script.folder / "ckpt")]
+    assert set(given + ["--num_epochs=3", "--auto_tune=True"]) <= set(pretraining)
+    assert "--encoder_weights=%s" % (script.folder / "ckpt" / "f_online_10.h5") in linear
+    assert not (script.folder / "out" / "run").exists()
+    done = script("train_full_1p.sh", "--num_epochs")
+    assert done.returncode == 1 and done.stderr == "train_full_1p.sh: --num_epochs needs a value; see --help.\n"
+
+
+def test_the_performance_script_takes_20_batches_or_all_and_overwrites_its_own_runs_only(script):
+    for flags in ([], ["--perf=1"], ["--ckpt_path=%s" % (script.folder / "ckpt")]):
+        assert script.train("train_performance_1p.sh", *flags).returncode == 0
+    given, whole, named = (call["arguments"] for call in script.calls())
+    assert "--perf=0" in given and "--perf=1" in whole and "--overwrite" in given and "--overwrite" in whole
+    assert "--noresume" in named and "--overwrite" not in named
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_modelzoos_way_of_reading_the_log_gives_the_same_figures(script, name):
+    done = script.train(name, SPEEDS="80 256.0 256.0")
+    log = (script.folder / "out" / "train_0.log").read_text().splitlines()
+    # The last Time in whole seconds, for 10 batches; the word after the last Loss=; what follows Test Accuracy.
+    seconds = [line for line in log if "Time" in line][-1].split("Time=")[1].split(".")[0]
+    assert 512 * 10 / int(seconds) == 256
+    assert [line for line in log if "Loss" in line][-1].split("Loss=")[1].split(" ")[0] == "1.25"
+    full = "full" in name
+    assert [line.split("Test Accuracy: ")[1] for line in log if "Test Accuracy" in line] == ["0.8692"] * full
+    result = script.result({SCRIPTS[0]: "1p_perf", SCRIPTS[1]: "1p_acc", SCRIPTS[2]: "2p_acc"}[name])
+    assert result["ActualFPS"] == "256.00" and result["ActualLoss"] == "1.25"
+    final = ["Final Performance images/sec : 256.00", "Final Train Accuracy : %s" % ("0.8692" if full else "none"),
+             "E2E Training Duration sec : %s" % result["E2ETrainingTime"].split()[0]]
+    printed = done.stdout.splitlines()
+    first = printed.index(final[0])
+    assert printed[first:first + 3] == final == log[-3:]
 
 
 def test_every_flag_that_is_passed_on_exists(script):
