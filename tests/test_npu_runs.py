@@ -114,7 +114,7 @@ def losses_of_two_halves(folder, checkpoint):
                                 loss_scale="dynamic")
     npu_config.open_device(config)
     learner = pretraining.Byol(config, TwoHalves("cpu", config.loss_scale), 10, 2)
-    tf.train.Checkpoint(**learner.state()).restore(checkpoint).assert_existing_objects_matched()
+    tf.train.Checkpoint(**learner.state()).read(checkpoint).assert_existing_objects_matched()
     step = tf.function(learner.train_step_pretraining)
     losses = []
     for x1, x2 in datasets.pretraining_batches(datasets.load("folder", folder).train_images, BATCH, config.seed, 5, 10):
