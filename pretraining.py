@@ -164,16 +164,20 @@ class Byol(tf.Module):
             return loss, losses.projection_spread(tf.concat([z1, z2], axis=0), self._device.mean)
 
     def _update_target(self) -> None:
-        """target <- m * target + (1 - m) * online, for every weight of f and g, moving statistics included."""
+        """Move the target: every weight of f and g, moving statistics included."""
         with self._device.keep_float32():  # float16 would round the small changes away
-            start = self._config.target_momentum
-            m, rest = tf.constant(start), tf.constant(1 - start)
-            if self._config.target_momentum_schedule == "cosine":
-                m = schedules.momentum_to_one(self.step, start, self._total_steps)
-                rest = 1 - m
-            for online, target in ((self.f_online, self.f_target), (self.g_online, self.g_target)):
-                for source, goal in zip(online.weights, target.weights):
-                    self._device.update(goal, lambda goal, source: goal.assign(m * goal + rest * source), source)
+            self._device.update(self.f_target.weights + self.g_target.weights, self._average,
+                                self.f_online.weights + self.g_online.weights)
+
+    def _average(self, target: List[tf.Variable], online: List[tf.Variable]) -> None:
+        """target <- m * target + (1 - m) * online, one by one."""
+        start = self._config.target_momentum
+        m, rest = tf.constant(start), tf.constant(1 - start)
+        if self._config.target_momentum_schedule == "cosine":
+            m = schedules.momentum_to_one(self.step, start, self._total_steps)
+            rest = 1 - m
+        for goal, source in zip(target, online):
+            goal.assign(m * goal + rest * source, read_value=False)
 
 
 def train(config: Config) -> runs.Result:
@@ -202,7 +206,8 @@ def train(config: Config) -> runs.Result:
 
 def take_steps(learner: Byol, run: runs.Run, device: Device, data: datasets.Data) -> None:
     """Train from where the run stands to its end or a signal; the run logs and saves between two calls of the compiled loop."""
-    run.shown.wait("Compiling the views and the training loop and taking the first step")
+    several = " of %d devices, some seconds for each," % device.replicas if device.replicas > 1 else ""
+    run.shown.wait("Compiling the views and the training loop%s and taking the first step" % several)
     first, rows = device.rows(run.config.batch_size)
     with device.host():
         batches = datasets.pretraining_batches(data.train_images, run.config.batch_size, run.config.seed, run.step, run.last_step,

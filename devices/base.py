@@ -91,9 +91,12 @@ class Device:
         """Within what `run` runs: the mean over the replicas. On NPU, where BatchNorm is each device's own as well, its own."""
         return tensor
 
-    def update(self, variable: tf.Variable, function: Callable[..., Any], *arguments: Any) -> None:
-        """Call function(variable, *arguments), which assigns to the variable, on each replica with its copies of these variables."""
-        function(variable, *arguments)
+    def update(self, variables: Sequence[tf.Variable], function: Callable[..., Any], *arguments: Any) -> None:
+        """Call function(variables, *arguments), which assigns to them, on each replica with its copies of all variables.
+
+        arguments: variables, tensors, or lists of them.
+        """
+        function(variables, *arguments)
 
     def loss_scaled(self, optimizer: Any) -> Any:
         """The optimiser, wrapped in loss scaling if precision or flag ask for it."""

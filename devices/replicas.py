@@ -15,20 +15,24 @@ from commands import UserError
 from devices.base import Device
 from models import keras
 
+try:
+    from tensorflow.python.eager import record
+except ImportError:
+    from tensorflow.python.eager import tape as record  # its name in TensorFlow 2.6.5
+
 LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.DeadlineExceededError,
         tf.errors.InternalError, tf.errors.FailedPreconditionError, tf.errors.UnknownError)
 
 
 class ReplicaBatchNormalization(keras.layers.BatchNormalization):
-    """BatchNorm over a replica's own rows. The moving statistics are those of the first replica.
+    """BatchNorm over a replica's own rows. Each replica keeps its own moving statistics; those of the first are used and saved.
 
     Keras's would be the mean over replicas, made whenever they are read: all workers would have to read them together.
     """
 
     def add_weight(self, *arguments: Any, **settings: Any) -> Any:
         if settings.get("synchronization") == tf.VariableSynchronization.ON_READ:
-            settings.update(synchronization=tf.VariableSynchronization.AUTO,
-                            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
+            settings["aggregation"] = tf.VariableAggregation.ONLY_FIRST_REPLICA
         return super().add_weight(*arguments, **settings)
 
 
@@ -43,21 +47,56 @@ class GlobalBatchNormalization(ReplicaBatchNormalization):
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
         if not training:
             return super().call(inputs, training=False)
-        context = tf.distribute.get_replica_context()
         x = tf.cast(inputs, tf.float32)
-        axes = list(range(x.shape.rank - 1))
+        axes = tf.constant(list(range(x.shape.rank - 1)))
         # Of x itself, the mean square less the squared mean would lose digits.
-        near = tf.identity(self.moving_mean)
-        deviations = x - near
+        deviations = x - self.moving_mean.value()
         moments = tf.stack([tf.reduce_mean(deviations, axes), tf.reduce_mean(tf.square(deviations), axes)])
-        first, second = tf.unstack(context.all_reduce(tf.distribute.ReduceOp.MEAN, moments))
+        first, second = tf.unstack(all_reduce(moments))
         variance = tf.maximum(second - tf.square(first), 0.0)
-        rows = x.shape[:-1].num_elements() * context.num_replicas_in_sync
+        rows = x.shape[:-1].num_elements() * tf.distribute.get_replica_context().num_replicas_in_sync
         unbiased = variance * (rows / max(rows - 1, 1)) if self.fused else variance
-        for moving, value in ((self.moving_mean, near + first), (self.moving_variance, unbiased)):
-            moving.assign_sub((moving - value) * (1 - self.momentum))
-        scale = tf.math.rsqrt(variance + self.epsilon) * tf.cast(self.gamma, tf.float32)
-        return tf.cast((deviations - first) * scale + tf.cast(self.beta, tf.float32), inputs.dtype)
+        share = tf.constant(1 - self.momentum)
+        for moving, change in ((self.moving_mean, first), (self.moving_variance, unbiased - self.moving_variance)):
+            moving.assign_add(change * share, read_value=False)
+        gamma, beta = (tf.cast(weight, tf.float32) for weight in (self.gamma, self.beta))
+        inverse = tf.math.rsqrt(variance + self.epsilon)
+        return tf.cast(normalise(deviations, gamma, beta, first, inverse, axes, rows), inputs.dtype)
+
+
+def normalise(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, mean: tf.Tensor, inverse: tf.Tensor, axes: tf.Tensor, rows: int
+              ) -> tf.Tensor:
+    """Within a replica: gamma * (x - mean) * inverse + beta, differentiated as BatchNorm (arXiv:1502.03167, section 3).
+
+    x: (..., channels); the next four: (channels,). mean, inverse: mean and 1 / deviation of x over all replicas and `axes`, so many
+    rows, of which the gradient with respect to x takes account. All float32. gamma's and beta's gradients are those of the own rows.
+    """
+    def gradients(dy: tf.Tensor) -> Tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        normalised = centred * inverse
+        own = [tf.reduce_sum(dy * normalised, axes), tf.reduce_sum(dy, axes)]  # of gamma and beta
+        along, shift = tf.unstack(all_reduce(tf.stack(own), tf.distribute.ReduceOp.SUM) / rows)
+        return (dy - shift - normalised * along) * scale, own[0], own[1]
+
+    with record.stop_recording():
+        centred = x - mean
+        scale = inverse * gamma
+        y = centred * scale + beta
+    # As tf.custom_gradient would, but without its walk through the graph in search of variables.
+    record.record_operation("BatchNorm", [y], [x, gamma, beta], gradients)
+    return y
+
+
+def all_reduce(tensors: Any, op: Any = tf.distribute.ReduceOp.MEAN) -> Any:
+    """Within a replica: the mean or sum over the replicas of a tensor, or of each of a list, without a gradient.
+
+    ReplicaContext.all_reduce adds a gradient to each, for which it walks through the graph of all other replicas. For the many
+    of BatchNorm this took minutes.
+    """
+    def reduce(strategy: Any, *values: Any) -> Any:
+        return strategy.extended.batch_reduce_to(op, [(value, value) for value in values])
+
+    flat = tf.distribute.get_replica_context().merge_call(reduce, args=tf.nest.flatten(tensors))
+    return tf.nest.pack_sequence_as(tensors, flat)
 
 
 class Replicas(Device):
@@ -93,25 +132,22 @@ class Replicas(Device):
 
     def run(self, function: Callable[..., Any], args: Tuple[Any, ...]) -> Any:
         def on_replica(*args: Any) -> Any:
-            return tuple(self._all_reduce(list(function(*args))))
+            return tuple(all_reduce(list(function(*args))))
 
         return tuple(map(self._first, self.strategy.run(on_replica, args)))
 
     def mean(self, tensor: tf.Tensor) -> tf.Tensor:
-        return self._all_reduce(tensor)
+        return all_reduce(tensor)
 
-    def update(self, variable: tf.Variable, function: Callable[..., Any], *arguments: Any) -> None:
-        self.strategy.extended.update(variable, function, args=arguments)
-
-    def _all_reduce(self, tensors: Any, op: Any = tf.distribute.ReduceOp.MEAN) -> Any:
-        return tf.distribute.get_replica_context().all_reduce(op, tensors)
+    def update(self, variables: Sequence[tf.Variable], function: Callable[..., Any], *arguments: Any) -> None:
+        self.strategy.extended.update(variables[0], lambda first, *own: function(*own), args=(variables,) + arguments, group=False)
 
     def _first(self, value: Any) -> tf.Tensor:
         """This worker's first replica's part of what `strategy.run` gave."""
         return self.strategy.experimental_local_results(value)[0]
 
     def _apply(self, optimizer: Any, gradients: List[tf.Tensor], weights: Sequence[tf.Variable]) -> None:
-        optimizer.apply_gradients(zip(self._all_reduce(gradients), weights), experimental_aggregate_gradients=False)
+        optimizer.apply_gradients(zip(all_reduce(gradients), weights), experimental_aggregate_gradients=False)
 
     def iterate(self, batches: tf.data.Dataset) -> Iterator[Any]:
         if self._local > 1:
@@ -148,8 +184,8 @@ class Replicas(Device):
 
         def on_replica() -> Any:
             own = tf.equal(tf.distribute.get_replica_context().replica_id_in_sync_group, first)
-            return self._all_reduce(tf.nest.map_structure(lambda value: tf.where(own, value, tf.zeros_like(value)), values),
-                                    tf.distribute.ReduceOp.SUM)
+            return all_reduce(tf.nest.map_structure(lambda value: tf.where(own, value, tf.zeros_like(value)), values),
+                              tf.distribute.ReduceOp.SUM)
 
         return tf.nest.map_structure(self._first, self.strategy.run(on_replica))
 
@@ -196,6 +232,8 @@ def open_replicas(kind: str, gpus: Sequence[Any], options: Any, alone: bool) -> 
         if not gpus:
             cpu = tf.config.list_physical_devices("CPU")[0]
             tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration() for _ in range(number)])
+            # To optimise the graph takes as long as to make it. It pays on long runs, for which logical devices are not meant.
+            tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
         strategy = tf.distribute.MirroredStrategy(["%s:%d" % (kind.upper(), i) for i in range(number)],
                                                   None if gpus else tf.distribute.ReductionToOneDevice())
     if worker_id > 0:
