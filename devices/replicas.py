@@ -6,6 +6,7 @@ sends, how BatchNorm and files are dealt with, and what happens when a worker di
 import contextlib
 import json
 import os
+import re
 from typing import Any, Callable, ContextManager, Iterator, List, Optional, Sequence, Tuple
 
 import tensorflow as tf
@@ -20,6 +21,9 @@ try:
 except ImportError:
     from tensorflow.python.eager import tape as record  # its name in TensorFlow 2.6.5
 
+EXAMPLE = ("""it is to be such as {"cluster": {"worker": ["host1:port", "host2:port"]}, "task": {"type": "worker", "index": 0}}, """
+           "a number for each port")
+ADDRESS = re.compile(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5})")  # host:port, an IPv6 address in brackets
 LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.DeadlineExceededError,
         tf.errors.InternalError, tf.errors.FailedPreconditionError, tf.errors.UnknownError)
 
@@ -226,6 +230,9 @@ def open_replicas(kind: str, gpus: Sequence[Any], options: Any, alone: bool) -> 
             strategy = tf.distribute.MultiWorkerMirroredStrategy()  # waits for the others
         except LOST as error:
             logging.info("%s", error)
+            if "start gRPC server" in str(error):
+                raise UserError("Worker %d cannot listen at its port in TF_CONFIG, which another program may use; choose another."
+                                % worker_id)
             raise UserError("Not all %d workers of TF_CONFIG came, so worker %d ends. Start all of them, within an hour."
                             % (workers, worker_id))
     else:
@@ -246,19 +253,32 @@ def _cluster() -> Tuple[int, int]:
     text = os.environ.get("TF_CONFIG", "")
     if not text.strip():
         return 1, 0
-    example = """it is to be such as {"cluster": {"worker": ["host1:port", "host2:port"]}, "task": {"type": "worker", "index": 0}}"""
+
+    def need(right: Any, told: str) -> None:
+        if not right:
+            raise UserError("TF_CONFIG %s; %s." % (" ".join(told.split()), EXAMPLE))
+
     try:
         config = json.loads(text)
-    except ValueError as error:
-        raise UserError("TF_CONFIG is not JSON (%s); %s." % (error, example))
-    try:
-        cluster, task = config["cluster"], config["task"]
-        tasks = [(job, i) for job in ("chief", "worker") for i in range(len(list(cluster.get(job, []))))]
-        own, others = (task["type"], int(task["index"])), sorted(set(cluster) - {"chief", "worker"})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError("TF_CONFIG lacks a part or has it wrong (%s); %s." % (" ".join(str(error).split()), example))
-    if others or len(cluster.get("chief", [])) > 1:
-        raise UserError("TF_CONFIG has the jobs %s; there may be workers, and one chief; %s." % (", ".join(sorted(cluster)), example))
-    if own not in tasks:
-        raise UserError("TF_CONFIG says that this is %s %s, of %d workers that it lists; %s." % (own + (len(tasks), example)))
+    except (ValueError, RecursionError) as error:
+        need(False, "is not JSON (%s)" % error)
+    cluster, task = (config.get(part) if isinstance(config, dict) else None for part in ("cluster", "task"))  # type: Any, Any
+    wrong = "lacks a part or has it wrong (%s)"
+    need(isinstance(cluster, dict) and isinstance(task, dict), wrong % "there are not both a cluster and a task")
+    need(config.get("rpc_layer", "grpc") == "grpc", wrong % "rpc_layer can be grpc only")
+    for job, hosts in cluster.items():
+        need(isinstance(hosts, list), wrong % ("%s is %.60r, not a list of addresses" % (job, hosts)))
+        for host in hosts:
+            address = ADDRESS.fullmatch(host) if isinstance(host, str) else None
+            need(address and 0 < int(address.group(1)) < 1 << 16, wrong % ("%s has %.60r, which is not host:port" % (job, host)))
+    hosts = sum(cluster.values(), [])
+    need(len(set(hosts)) == len(hosts), wrong % "an address is there twice")
+    job, index = task.get("type"), task.get("index")
+    need(isinstance(job, str) and type(index) in (int, str) and re.fullmatch("[0-9]{1,9}", str(index)),
+         wrong % ("the task's type is %.60r and its index %.60r" % (job, index)))
+    need(set(cluster) <= {"chief", "worker"} and len(cluster.get("chief", [])) <= 1,
+         "has the jobs %s; there may be workers, and one chief" % ", ".join(sorted(cluster)))
+    tasks = [(job, i) for job in ("chief", "worker") for i in range(len(cluster.get(job, [])))]
+    own = task["type"], int(index)
+    need(own in tasks, "says that this is %.60s %s, of %d workers that it lists" % (own + (len(tasks),)))
     return len(tasks), tasks.index(own)

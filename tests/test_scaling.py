@@ -291,7 +291,48 @@ def test_a_wrong_tf_config_is_told(monkeypatch, text, told):
     assert "\n" not in str(error.value)
 
 
+WRONG = [None, True, -1, 1.5, float("nan"), 10 ** 30, "", "a", "a b:1", "a:", ":1", "a:0", "a:65536", "a:1:2", "http://a:1", "a:1\n",
+         "x" * 5000, [1], [[]], [None], ["a"], ["a:1", "a:1"], {}, {"a": 1}, {"0": "a:1"}]
+
+
+@pytest.mark.parametrize("part", ["", "cluster", "cluster worker", "cluster worker 1", "cluster chief", "cluster ps", "task",
+                                  "task type", "task index", "rpc_layer"])
+def test_no_wrong_part_of_a_tf_config_gets_by(monkeypatch, part):
+    for value in WRONG:
+        config = {"cluster": {"worker": ["b:1", "c:2"]}, "task": {"type": "worker", "index": 1}, "": None}
+        place, names = config, [int(name) if name.isdigit() else name for name in part.split(" ")]
+        for name in names[:-1]:
+            place = place[name]
+        place[names[-1]] = value
+        monkeypatch.setenv("TF_CONFIG", json.dumps(config if part else value))
+        with pytest.raises(UserError, match="^TF_CONFIG .*such as {") as error:
+            replicas._cluster()
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("text", ["[" * 100000, "\0", '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker"}}',
+                                  '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"index": 0}}', "\ud800", "host1:1,host2:1"])
+def test_what_is_no_tf_config_is_told(monkeypatch, text):
+    monkeypatch.setattr(os, "environ", {"TF_CONFIG": text})
+    with pytest.raises(UserError, match="^TF_CONFIG .*such as {") as error:
+        replicas._cluster()
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_port_in_use_is_told(tiny_images, tmp_path):
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        hosts = ["127.0.0.1:%d" % other.getsockname()[1], "127.0.0.1:1"]
+        config = json.dumps({"cluster": {"worker": hosts}, "task": {"type": "worker", "index": 0}})
+        process = begin(tiny_images, tmp_path, env={"TF_CONFIG": config})
+        error = process.communicate(timeout=100)[1]
+    assert process.returncode == 1 and "Worker 0 cannot listen at its port" in error.splitlines()[-1] and "Traceback" not in error
+
+
 def test_a_cluster_is_read(monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", '{"cluster": {"worker": ["[::1]:5", "10.0.0.2:2222"]}, "task": {"type": "worker", "index": "1"}}')
+    assert replicas._cluster() == (2, 1)
     task = '"task": {"type": "worker", "index": 1}'
     monkeypatch.setenv("TF_CONFIG", '{"cluster": {"chief": ["a:1"], "worker": ["b:1", "c:1"]}, %s}' % task)
     assert replicas._cluster() == (3, 2)
