@@ -275,14 +275,14 @@ def test_the_loop_is_traced_once_whatever_its_length_and_its_batches_come_from(t
 def test_nothing_in_the_loop_returns_to_the_host(traced, settings):
     function = traced[1]
     if settings:
-        if not hasattr(npu_config.keras.utils, "set_random_seed"):
+        if not hasattr(models.keras.utils, "set_random_seed"):
             pytest.skip("this TensorFlow has no bfloat16 convolutions on the CPU")
         try:
             learner = make_learner(**settings)
             views = tf.data.Dataset.from_tensors((tf.zeros((8, 32, 32, 3)),) * 2)
             function = learner.train_loop.get_concrete_function(iter(views), tf.constant(2))
         finally:
-            npu_config.keras.mixed_precision.set_global_policy("float32")
+            models.keras.mixed_precision.set_global_policy("float32")
     types = {node.op for nodes in graphs_of(function) for node in nodes}
     assert "FusedBatchNormV3" in types and not types.intersection(HOST_TRIPS)
 
