@@ -65,7 +65,7 @@ def test_keras_defaults():
     assert all(norm.momentum == 0.99 and norm.epsilon == 1e-3 for norm in norms)
     for layer in convolutions:
         fans = np.prod(layer.kernel.shape[:2]) * sum(layer.kernel.shape[2:])
-        limit = np.sqrt(6 / fans)  # Glorot uniform
+        limit = np.float32(np.sqrt(6 / fans))  # Glorot uniform, drawn in float32
         largest = np.abs(layer.kernel.numpy()).max()
         assert 0.8 * limit < largest <= limit and not layer.bias.numpy().any() and layer.padding == "same"
 
