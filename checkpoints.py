@@ -106,10 +106,12 @@ class Checkpoints:
         return None
 
 
-def claim_folder(output_dir: str, settings: Dict[str, Any], free: Container[str], resume: bool, overwrite: bool) -> None:
+def claim_folder(output_dir: str, settings: Dict[str, Any], free: Container[str], resume: bool, overwrite: bool,
+                 defaults: Optional[Dict[str, Any]] = None) -> None:
     """Write config.json; UserError if the folder holds a run that this one must neither continue nor overwrite, or another's files.
 
-    settings: all that the run is made with; those named in `free` may differ from those of the run to continue.
+    settings: all that the run is made with; those named in `free` may differ from those of the run to continue. defaults: what was in
+    force for settings that an earlier version did not have.
     """
     try:
         output_dir.encode()
@@ -136,8 +138,9 @@ def claim_folder(output_dir: str, settings: Dict[str, Any], free: Container[str]
         raise UserError("%s is gone, so this run cannot tell whether it may go on from the checkpoints beside it; restore it, or "
                         "start anew with --noresume --overwrite." % path)
     elif done:
-        differing = ["%s was %s, is %s" % (name, before.get(name), settings[name])
-                     for name in sorted(settings) if name not in free and before.get(name) != settings[name]]
+        then = dict(defaults or {}, **before)
+        differing = ["%s was %s, is %s" % (name, then.get(name), settings[name])
+                     for name in sorted(settings) if name not in free and then.get(name) != settings[name]]
         if differing:
             raise UserError("The run in %s was made with other settings (%s); give the same, or choose another --output_dir."
                             % (output_dir, "; ".join(differing)))

@@ -94,7 +94,8 @@ class Run:
         if device.is_chief:
             free = FREE | ({"num_epochs"} if config.lr_schedule == config.target_momentum_schedule == "constant" else set())
             settings = dict(dataclasses.asdict(config), train_images=len(data.train_images), images_crc=self.images_crc)
-            checkpoints.claim_folder(config.output_dir, settings, free, config.resume, config.overwrite)
+            checkpoints.claim_folder(config.output_dir, settings, free, config.resume, config.overwrite,
+                                     dataclasses.asdict(type(config)()))
 
     def path(self, name: str) -> str:
         return os.path.join(self.config.output_dir, name)

@@ -220,6 +220,17 @@ def test_other_settings_are_refused_and_named(tiny_images, reference, half, tmp_
     assert_same(half, reference)
 
 
+def test_a_run_of_an_earlier_version_that_had_fewer_settings_goes_on(tiny_images, reference, half):
+    config = json.loads((half / "config.json").read_text())
+    for name in ("recipe", "crop", "head_hidden", "optimizer", "target_momentum_schedule", "check_npu"):
+        del config[name]
+    (half / "config.json").write_text(json.dumps(config))
+    status, _, error = end(begin(tiny_images, half, "--head_hidden=32"))
+    assert status == 1 and "head_hidden was 256, is 32" in error
+    assert "Resuming from step 8" in complete(tiny_images, half)
+    assert_same(half, reference)
+
+
 def test_more_epochs_with_a_constant_rate_are_the_same_run(tiny_images, tmp_path):
     whole, longer = tmp_path / "whole", tmp_path / "longer"
     complete(tiny_images, whole, "--lr_schedule=constant", "--save_every=1")
