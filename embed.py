@@ -27,6 +27,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
+import charts
 import checkpoints
 import datasets
 import evaluation
@@ -127,7 +128,7 @@ def draw(maps: Dict[str, np.ndarray], labels: np.ndarray, class_names: Sequence[
             mine = points[labels == label]
             name, colour = None, "grey"
             if label >= 0:
-                name, colour = class_names[label], colours(label if few else label / len(class_names))
+                name, colour = charts.plain(class_names[label], 18), colours(label if few else label / len(class_names))
             axes.scatter(mine[:, 0], mine[:, 1], s=7, linewidths=0, alpha=0.8, color=[colour], label=name)
         axes.set_title("%s of %d images" % (title, len(points)))
         axes.set_xticks([])

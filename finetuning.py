@@ -21,6 +21,7 @@ import commands
 import numpy as np
 from absl import logging
 
+import charts
 import datasets
 import evaluation
 import models
@@ -162,8 +163,9 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], path: str) -> None:
     size = 9 if n <= 20 else 5
     axes.set_xticks(range(n))
     axes.set_yticks(range(n))
-    axes.set_xticklabels(names, rotation=90, fontsize=size)
-    axes.set_yticklabels(names, fontsize=size)
+    labels = [charts.plain(name) for name in names]
+    axes.set_xticklabels(labels, rotation=90, fontsize=size)
+    axes.set_yticklabels(labels, fontsize=size)
     axes.set_xlabel("taken for")
     axes.set_ylabel("class")
     if n <= 20:  # beyond, numbers could not be read
