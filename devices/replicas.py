@@ -3,6 +3,7 @@
 What a step
 sends, how BatchNorm and files are dealt with, and what happens when a worker dies, is told in docs/scaling.md.
 """
+import atexit
 import contextlib
 import json
 import os
@@ -243,6 +244,9 @@ def open_replicas(kind: str, gpus: Sequence[Any], options: Any, alone: bool) -> 
             tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
         strategy = tf.distribute.MirroredStrategy(["%s:%d" % (kind.upper(), i) for i in range(number)],
                                                   None if gpus else tf.distribute.ReductionToOneDevice())
+    pool = getattr(getattr(strategy.extended, "_collective_ops", None), "_pool", None)
+    if pool is not None:  # TensorFlow 2.6 leaves its threads to the interpreter's end, where that may print a traceback
+        atexit.register(pool.close)
     if worker_id > 0:
         logging.set_verbosity(logging.ERROR)
     return Replicas(kind, strategy, options, workers, worker_id)
