@@ -222,6 +222,7 @@ class Classifier(tf.Module):
             adam._create_all_weights(self.trained_weights)
             self.optimizer = device.loss_scaled(adam)
         device.broadcast(list(self.variables) + adam.variables())
+        self._step = device.compile_step(self.train_step)
         self.train_loop = device.compile(self._train_loop)
 
     @property
@@ -236,7 +237,7 @@ class Classifier(tf.Module):
         """
         for _ in tf.range(n):
             x, labels = next(iterator)
-            self.train_step(x, labels)
+            self._step(x, labels)
 
     @tf.autograph.experimental.do_not_convert
     def train_step(self, x: tf.Tensor, labels: tf.Tensor) -> None:

@@ -39,7 +39,7 @@ class Options:
                             "worker. NPUs take one process each.", low=1)
     sync_batch_norm: bool = flag(True, "With several devices: BatchNorm statistics over the global batch, so that n devices "
                                  "compute what one would; --nosync_batch_norm: over each device's rows. On NPU always the latter.")
-    jit_compile: bool = flag(False, "Compile the training loop with XLA; meant for one GPU, without effect on NPU.")
+    jit_compile: bool = flag(False, "Compile the train step with XLA; meant for one GPU, without effect on NPU.")
     hcom_parallel: bool = flag(False, "NPU: overlap all-reduce and computation. ModelZoo's README has True; Huawei's tuning guide "
                                "advises False for small networks, naming ResNet-18. It matters on several devices only.")
     use_mixlist: bool = flag(False, "NPU: use --mixlist_file (ModelZoo).")

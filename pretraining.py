@@ -109,6 +109,7 @@ class Byol(tf.Module):
             # The loop shifts them in, since the NPU carries nothing but Variables from step to step, not even the loop's index.
             self.recent = tf.Variable(tf.zeros([4, loop_size]), trainable=False, name="recent",
                                       aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
+        self._step = device.compile_step(self.train_step_pretraining)
         self.train_loop = device.compile(self._train_loop)  # type: Any
 
     @property
@@ -134,7 +135,7 @@ class Byol(tf.Module):
         """
         for _ in tf.range(n):
             x1, x2 = next(iterator)
-            self.train_step_pretraining(x1, x2)
+            self._step(x1, x2)
 
     @tf.autograph.experimental.do_not_convert  # plain Python: saves the conversion's time at every start
     def train_step_pretraining(self, x1: tf.Tensor, x2: tf.Tensor) -> None:
@@ -206,8 +207,7 @@ def train(config: Config) -> runs.Result:
 
 def take_steps(learner: Byol, run: runs.Run, device: Device, data: datasets.Data) -> None:
     """Train from where the run stands to its end or a signal; the run logs and saves between two calls of the compiled loop."""
-    several = " of %d devices, some seconds for each," % device.replicas if device.replicas > 1 else ""
-    run.shown.wait("Compiling the views and the training loop%s and taking the first step" % several)
+    run.shown.wait("Compiling the views and the training %s and taking the first step" % device.compiled)
     first, rows = device.rows(run.config.batch_size)
     with device.host():
         batches = datasets.pretraining_batches(data.train_images, run.config.batch_size, run.config.seed, run.step, run.last_step,

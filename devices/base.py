@@ -17,7 +17,7 @@ SECONDS_A_CALL = 2.0  # that a call of the training loop takes at most, or one s
 class Device:
     """A CPU or GPU; the base of the NPU's, and of several CPUs or GPUs as one.
 
-    loss_scale: as the flag. jit_compile: whether XLA compiles what `compile` is given.
+    loss_scale: as the flag. jit_compile: whether XLA compiles the train step.
 
     kind: 'cpu', 'gpu' or 'npu'. workers, worker_id: processes that train together, and which one this is.
     replicas: devices that share each global batch, over all workers. half: what is computed in where the precision mode
@@ -79,9 +79,18 @@ class Device:
 
     # The step
 
+    @property
+    def compiled(self) -> str:
+        """What of the training is compiled at its first step, and how long that takes, to tell one who waits."""
+        return "step by XLA, minutes on a CPU," if self._jit_compile else "loop"
+
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function as a graph."""
-        return tf.function(function, jit_compile=True) if self._jit_compile else tf.function(function)
+        """The training loop as a graph."""
+        return tf.function(function)
+
+    def compile_step(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What the loop calls at each step, on tensors only: as it is, or compiled by XLA, which takes no iterators."""
+        return tf.function(function, autograph=False, jit_compile=True) if self._jit_compile else function
 
     def run(self, function: Callable[..., Any], args: Tuple[Any, ...]) -> Any:
         """Run `function` on every replica, each with its rows, and give the mean of its results, a tuple of scalars."""
