@@ -49,7 +49,7 @@ def test_steps_are_those_without_xla_traced_once(learners):
             learner.train_loop(iterator, tf.constant(n))
         assert_same(learners)
     compiled = learners[1][0]
-    assert int(compiled.step) == 3 and np.all(compiled.recent.numpy()[:, 1:] > 0)
+    assert int(compiled.step) == 3 and np.all(compiled.recent.numpy()[:2, 1:] > 0)
     assert [f.experimental_get_tracing_count() for f in (compiled.train_loop, compiled._step)] == [1, 1]
 
 
