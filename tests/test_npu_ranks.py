@@ -52,7 +52,8 @@ def test_a_signal_to_any_rank_ends_all_of_them_after_the_same_step(tiny_images, 
         ranks.processes[rank].send_signal(signal.SIGTERM)
         time.sleep(0.05)
     (status, out, error), (other, _, other_error) = ranks.end()
-    assert (status, other, error, other_error) == (143, 143, "", "")
+    ended = {143, -signal.SIGTERM}  # the latter if a rank that was already stopped by the other's signal got its own
+    assert status in ended and other in ended and (error, other_error) == ("", "")
     step = int(re.search(r"^Stopped by SIGTERM at step (\d+);", out, re.M).group(1))
     assert step % 4 == 0 and (tmp_path / "out" / "checkpoints" / ("ckpt-%d.index" % step)).exists()
 
