@@ -20,7 +20,6 @@ MIN_ASPECT = 0.67  # its shorter side is the longer one times a number in [0.67,
 AREA_ASPECT = 4 / 3  # the most that width / height and height / width of a crop by area can be, as in torchvision
 AREA_TRIES = 10  # rectangles that are drawn for it, likewise
 GREY_WEIGHTS = (0.2989, 0.5870, 0.1140)  # red, green, blue: the luma of ITU-R BT.601
-CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))  # mean and deviation of its channels, as they are commonly given
 
 # A random stream for each parameter. The order is part of what a seed means; a new name goes to the end.
 STREAMS = ("height", "width", "swap", "top", "left", "flip", "brightness", "contrast", "saturation", "hue", "distort", "grey",
@@ -42,7 +41,6 @@ class Views:
     distort: float = 0.8  # probability of the four together
     grey: float = 0.2  # probability
     solarise: Tuple[float, float] = (0.0, 0.0)  # probability in view 0 and in view 1; further views take turns
-    normalise: Optional[Tuple[Tuple[float, ...], ...]] = None  # by this mean and deviation, at last; None: not at all
 
     def __post_init__(self) -> None:
         numbers = [x for x in dataclasses.astuple(self) + self.solarise if isinstance(x, (int, float))]
@@ -156,32 +154,21 @@ def distort_colors(images: Any, brightness: Any, contrast: Any, saturation: Any,
     return _compiled_distort_colors(images, *colors, multiplies=multiplies)
 
 
-def normalise(images: Any, mean: Sequence[float], deviation: Sequence[float]) -> tf.Tensor:
-    """(images - mean) / deviation for each channel, float32: for views, and then for what the encoder is evaluated on, too.
-
-    images: (..., 3), uint8, or floating in [0, 1]. mean, deviation: three numbers each, of channels in [0, 1].
-    """
-    images = tf.convert_to_tensor(images)
-    x = tf.cast(images, tf.float32) / (255 if images.dtype == tf.uint8 else 1)
-    return (x - tf.constant(mean, tf.float32)) / tf.constant(deviation, tf.float32)
-
-
 def augment_images_pretraining(images: Any, seed: Any, first: int = 0, batch_size: Optional[int] = None,
                                views: Views = Views(), view: int = 0) -> tf.Tensor:
     """Make one view of each image: crop, flip, resize; distort the colours of 80 %; turn 20 % grey. Then, if `views` say so,
-    solarise some (x >= 0.5 becomes 1 - x) and normalise all.
+    solarise some (x >= 0.5 becomes 1 - x).
 
     images: (b, s, s, 3), uint8, or floating in [0, 1]: rows first..first+b of a batch of `batch_size` images (by default they are
     the batch). Parameters are drawn for the whole batch, so however workers share it, its views are the same: the parameters to the
     bit, the pixels to 1e-6. seed: a pair of integers, Python's or an integer tensor of shape (2,); the two views of a batch need two
-    seeds. view: its number, for the probability of solarisation. Returns (b, s, s, 3) float32, in [0, 1] if not normalised. Raises
-    ValueError as `crop_flip_resize`, and for images that are not square, rows that are not in the batch, or a seed that is no pair.
+    seeds. view: its number, for the probability of solarisation. Returns (b, s, s, 3) float32 in [0, 1]. Raises ValueError as
+    `crop_flip_resize`, and for images that are not square, rows that are not in the batch, or a seed that is no pair.
     """
     images, rows, batch_size = _checked_rows(images, first, batch_size)
     drawn = sample_crops(batch_size, seed, images.shape[1], views) + sample_colors(batch_size, seed, views)
     solarise = sample_solarise(batch_size, seed, views, view)[rows] if any(views.solarise) else None
-    return _compiled_augment(images, *(x[rows] for x in drawn), solarise=solarise, multiplies=views.brightness_multiplies,
-                             normal=views.normalise)
+    return _compiled_augment(images, *(x[rows] for x in drawn), solarise=solarise, multiplies=views.brightness_multiplies)
 
 
 def augment_images_finetuning(images: Any, seed: Any, first: int = 0, batch_size: Optional[int] = None) -> tf.Tensor:
@@ -306,8 +293,8 @@ def _compiled_distort_colors(images: tf.Tensor, *colors: tf.Tensor, multiplies: 
 
 
 @tf.function(jit_compile=True, autograph=False)
-def _compiled_augment(images: tf.Tensor, *drawn: tf.Tensor, solarise: Optional[tf.Tensor] = None, multiplies: bool = False,
-                      normal: Optional[Tuple[Tuple[float, ...], ...]] = None) -> tf.Tensor:
+def _compiled_augment(images: tf.Tensor, *drawn: tf.Tensor, solarise: Optional[tf.Tensor] = None,
+                      multiplies: bool = False) -> tf.Tensor:
     brightness, contrast, saturation, hue, distort, grey = drawn[5:]
     x = _crop_flip_resize(images, *drawn[:5])
     # An image not to be distorted gets parameters that change nothing: cheaper than a choice for each pixel.
@@ -316,4 +303,4 @@ def _compiled_augment(images: tf.Tensor, *drawn: tf.Tensor, solarise: Optional[t
     x = tf.where(grey[:, None, None, None], tf.reduce_sum(x * tf.constant(GREY_WEIGHTS), 3, keepdims=True), x)
     if solarise is not None:
         x = tf.where(solarise[:, None, None, None] & (x >= 0.5), 1 - x, x)
-    return x if normal is None else normalise(x, *normal)
+    return x

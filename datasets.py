@@ -82,7 +82,7 @@ def pretraining_batches(images: Any, batch_size: int, seed: int, first_step: int
                         number_of_views: int = 2) -> tf.data.Dataset:
     """Two or more views of the batch of each of the steps first_step..last_step - 1 of a run.
 
-    Gives tuples of float32 (rows, s, s, 3), in [0, 1] if not normalised, of static shapes. An epoch has n // batch_size steps, in a
+    Gives tuples of float32 (rows, s, s, 3) in [0, 1], of static shapes. An epoch has n // batch_size steps, in a
     fresh order; the images that are left over are dropped. images: uint8 (n, s, s, 3), as in Data. seed: an integer of 64 bits. first,
     rows: make only these rows of each batch (default all), as one of several workers; together they make the same views as one would.
     views, number_of_views: how they are made, and how many, at least 2. The first two are the same whatever the number. Raises

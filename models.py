@@ -9,6 +9,9 @@ from typing import Any, Iterator, Tuple
 import numpy as np
 import tensorflow as tf
 
+# Mean and deviation of the red, green and blue of a data set's images in [0, 1], as they are commonly given.
+NORMALISATIONS = {"none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+                  "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 NEGLIGIBLE = 2.0 ** -64  # a start's share in moving statistics that changes no digit of them, in float32
 
 
@@ -73,12 +76,14 @@ class ResNet(keras.Model):
 
     (b, h, w, 3) float in [0, 1] -> (b, 512 * width_multiplier) in the layers' compute dtype, after global average
     pooling. All weights exist as soon as the object does, without tracing the network once for nothing.
-    norm, conv: the classes of its BatchNorm and convolution layers. ValueError if the width leaves a stage without filters.
+    norm, conv: the classes of its BatchNorm and convolution layers. normalisation: of NORMALISATIONS, of the images before all else;
+    weight files keep its name. ValueError if the width leaves a stage without filters.
     """
 
     def __init__(self, blocks: Tuple[int, int, int, int], width_multiplier: float = 1.0, name: str = "encoder",
-                 norm: Any = keras.layers.BatchNormalization, conv: Any = keras.layers.Conv2D) -> None:
+                 norm: Any = keras.layers.BatchNormalization, conv: Any = keras.layers.Conv2D, normalisation: str = "none") -> None:
         super().__init__(name=name)
+        self.normalisation = normalisation
         widths = [int(filters * width_multiplier) for filters in (64, 128, 256, 512)]
         if widths[0] < 1:
             raise ValueError("width_multiplier is %g, which leaves no filters: give at least 1/64" % width_multiplier)
@@ -99,6 +104,9 @@ class ResNet(keras.Model):
         self.built = True
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        if self.normalisation != "none":
+            mean, deviation = NORMALISATIONS[self.normalisation]
+            inputs = (inputs - mean) / deviation
         x = tf.nn.relu(self.stem_norm(self.stem_conv(inputs), training=training))
         for block in self.blocks:
             x = block(x, training=training)

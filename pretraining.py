@@ -86,7 +86,7 @@ class Byol(tf.Module):
         self._config = config
         self._device = device
         make_encoder = functools.partial(models.ENCODERS[config.encoder], config.width_multiplier, norm=device.batch_norm,
-                                         conv=device.convolution)
+                                         conv=device.convolution, normalisation=config.normalise)
         make_head = functools.partial(models.ProjectionHead, config.head_hidden, config.head_features, norm=device.batch_norm)
         base = schedules.scaled_learning_rate(config.learning_rate, config.batch_size)
         self.schedule = functools.partial(schedules.warmup, base=base, total_steps=total_steps,
@@ -129,40 +129,37 @@ class Byol(tf.Module):
         self._device.broadcast(list(self.variables) + self.optimizer.variables() + scaling)
 
     def _train_loop(self, iterator: Iterator[Any], n: tf.Tensor) -> None:
-        """Take n steps (scalar int32) on the next n elements of the iterator, each (x1, x2).
+        """Take n steps (scalar int32) on the next n elements of the iterator, the views (x1, x2) each.
 
         Returns nothing and uses no loop index: in this form the NPU takes the loop whole. Results are in `recent`.
         """
         for _ in tf.range(n):
-            x1, x2 = next(iterator)
-            self._step(x1, x2)
+            self._step(*next(iterator))
 
     @tf.autograph.experimental.do_not_convert  # plain Python: saves the conversion's time at every start
-    def train_step_pretraining(self, x1: tf.Tensor, x2: tf.Tensor) -> None:
-        """One step on two views, each (b, s, s, 3) float32 in [0, 1]: the online networks, then the target's average."""
+    def train_step_pretraining(self, *views: tf.Tensor) -> None:
+        """One step on views x1, x2 (or more), each (b, s, s, 3) float32 in [0, 1]: online networks, then the target's average."""
         scale = self._device.loss_scale(self.optimizer)
-        loss, spread = self._device.run(self._update_online, (x1, x2))
+        loss, spread = self._device.run(self._update_online, views)
         self._update_target()
         self.step.assign_add(1)
         with self._device.keep_float32():
             figures = [loss, spread, self._device.loss_scale(self.optimizer), self._device.skipped(self.optimizer, scale)]
             self.recent.assign(tf.concat([self.recent[:, 1:], [[figure] for figure in figures]], axis=1))
 
-    def _update_online(self, x1: tf.Tensor, x2: tf.Tensor) -> Tuple[tf.Tensor, tf.Tensor]:
+    def _update_online(self, *views: tf.Tensor) -> Tuple[tf.Tensor, tf.Tensor]:
         """One optimiser step on f, g and q, and the moving statistics of all. Gives loss and spread, float32 scalars."""
-        z1 = self.g_target(self.f_target(x1, training=True), training=True)
-        z2 = self.g_target(self.f_target(x2, training=True), training=True)
+        z = [self.g_target(self.f_target(x, training=True), training=True) for x in views]
         weights = self.online_weights
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(weights)
-            p1 = self.q_online(self.g_online(self.f_online(x1, training=True), training=True), training=True)
-            p2 = self.q_online(self.g_online(self.f_online(x2, training=True), training=True), training=True)
+            p = [self.q_online(self.g_online(self.f_online(x, training=True), training=True), training=True) for x in views]
             with self._device.keep_float32():
-                loss = losses.byol_loss(tf.concat([p1, p2], axis=0), tf.concat([z2, z1], axis=0))
+                loss = losses.multi_view_loss(p, z)  # of two views: p1 against z2 and p2 against z1
                 scaled = self._device.scale_loss(self.optimizer, loss)
         self._device.apply_gradients(self.optimizer, scaled, tape, weights)
         with self._device.keep_float32():
-            return loss, losses.projection_spread(tf.concat([z1, z2], axis=0), self._device.mean)
+            return loss, losses.projection_spread(tf.concat(z, axis=0), self._device.mean)
 
     def _update_target(self) -> None:
         """Move the target: every weight of f and g, moving statistics included."""
@@ -211,7 +208,7 @@ def take_steps(learner: Byol, run: runs.Run, device: Device, data: datasets.Data
     first, rows = device.rows(run.config.batch_size)
     with device.host():
         batches = datasets.pretraining_batches(data.train_images, run.config.batch_size, run.config.seed, run.step, run.last_step,
-                                               first, rows, run.config.views())
+                                               first, rows, run.config.views(), run.config.num_views)
         iterator = device.iterate(batches)
     while run.goes_on():
         n = run.steps_to_take()
@@ -260,7 +257,8 @@ def trace(config: Config) -> Any:
     images = np.zeros((config.batch_size, config.image_size, config.image_size, 3), np.uint8)
     loop_size = config.iterations_per_loop or config.log_every
     learner = Byol(config, device, total_steps=config.num_epochs, loop_size=loop_size)
-    batches = datasets.pretraining_batches(images, config.batch_size, config.seed, 0, 1, views=config.views())
+    batches = datasets.pretraining_batches(images, config.batch_size, config.seed, 0, 1, views=config.views(),
+                                           number_of_views=config.num_views)
     return learner.train_loop.get_concrete_function(device.iterate(batches), tf.constant(loop_size))
 
 

@@ -10,11 +10,13 @@ import optimizers
 import schedules
 from augmentation import Views
 from commands import UserError, flag
+from models import NORMALISATIONS
 
 # ModelZoo's README: the reference's settings, but for the cosine schedule and the weight decay.
 MODELZOO = {
     "crop": "reference", "min_area": 0.08, "flip_probability": 0.25, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1,
-    "brightness_multiplies": False, "grey_probability": 0.2, "solarize_probability": 0.0, "head_hidden": 256, "head_features": 128,
+    "brightness_multiplies": False, "grey_probability": 0.2, "solarize_probability": 0.0, "num_views": 2,
+    "normalise": "none", "head_hidden": 256, "head_features": 128,
     "optimizer": "adam", "learning_rate": 1e-3, "lr_schedule": "cosine", "warmup_epochs": 0, "momentum": 0.9, "weight_decay": 1e-4,
     "trust_coefficient": 1e-3, "target_momentum": 0.99, "target_momentum_schedule": "constant"}  # type: Dict[str, Any]
 RECIPES = {
@@ -40,6 +42,10 @@ class Recipe:
     grey_probability: float = flag(None, "Of turning a view grey (all: 0.2).", low=0, high=1)
     solarize_probability: float = flag(None, "Of inverting what is brighter than a half, in the second view (paper: 0.2).", low=0,
                                        high=1)
+    num_views: int = flag(None, "Views of each image in a step. BYOL: 2; with more, the target of each is the mean of the others "
+                          "(FastSiam: 4).", low=2, high=16)
+    normalise: str = flag(None, "Subtract this data set's mean from the images and divide by its deviation, in the encoder; its weight "
+                          "files keep that (paper: imagenet; Lightly, solo-learn: cifar10).", choices=sorted(NORMALISATIONS))
     head_hidden: int = flag(None, "Hidden size of projector and predictor (byol-tensorflow2: 256; Lightly: 1024; paper: 4096).", low=1,
                             high=65536)
     head_features: int = flag(None, "Output size of projector and predictor (byol-tensorflow2: 128; paper: 256).", low=1, high=65536)

@@ -182,8 +182,8 @@ class Run:
             self.since, self.logged = time.time(), self.step
 
     def _settled(self) -> ContextManager[None]:
-        """For what is evaluated or saved: each step has updated the statistics of BatchNorm twice, once for each view."""
-        return models.settled(self.learner.f_online, 2 * self.step)
+        """For what is evaluated or saved: each step has updated the statistics of BatchNorm once for each view."""
+        return models.settled(self.learner.f_online, self.config.num_views * self.step)
 
     def _epoch_and_batch(self) -> Tuple[int, int]:
         """Of the step that was taken last, both counted from 1."""

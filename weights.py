@@ -15,8 +15,9 @@ import numpy as np
 
 import commands
 from commands import UserError
-from models import keras
+from models import NORMALISATIONS, keras
 
+NORMALISATION = "byol_normalisation"  # the attribute of the file that keeps the name, where there is one
 SEAL = b"\nsha256 %s sha256\n"
 SEAL_BYTES = len(SEAL % (b"0" * 64))
 LARGEST_ATTRIBUTE = 1 << 20  # bytes; HDF5's own limit for those that Keras writes is 64 kB
@@ -32,6 +33,8 @@ def save_weights(network: Any, path: str) -> None:
     with h5py.File(memory, "w") as file:
         file.attrs.update(layer_names=[layer.name.encode() for layer in network.layers], backend=b"tensorflow",
                           keras_version=keras.__version__.encode())
+        if getattr(network, "normalisation", "none") != "none":
+            file.attrs[NORMALISATION] = [network.normalisation.encode()]
         for layer in network.layers:
             weights = layer.trainable_weights + layer.non_trainable_weights
             group = file.create_group(layer.name)
@@ -46,8 +49,8 @@ def load_weights(network: Any, path: str) -> None:
     """Read the weights of an encoder from a Keras 2 HDF5 file into `network`: float16, float32 or float64.
 
     Layers are matched by their order and shape, not by name or nesting, so that files fit which another program's
-    ResNet of the same architecture saved. UserError, and `network` untouched, if the file is not whole, not of this
-    architecture and width, or holds numbers that are not finite.
+    ResNet of the same architecture saved. The encoder then normalises images as that of the file did. UserError, and
+    `network` untouched, if the file is not whole, not of this architecture and width, or holds numbers that are not finite.
     """
     if not os.path.isfile(path):
         raise UserError("There is no weights file %s; pretraining.py writes f_online_<epoch>.h5 into its --output_dir." % path)
@@ -55,6 +58,7 @@ def load_weights(network: Any, path: str) -> None:
     try:
         _check_seal(path)
         with h5py.File(path, "r") as file:
+            normalisation = _normalisation(file)
             pairs = list(_match(wanted, _layers(_datasets(file))))
             found = [(weight, name, _array(dataset)) for weight, name, dataset in pairs]
     except _Misfit as error:
@@ -66,6 +70,7 @@ def load_weights(network: Any, path: str) -> None:
             raise UserError("%s is of no use: its weight %s is not finite; take an earlier one." % (path, _one_line(name)))
     for weight, _, array in found:
         weight.assign(array)
+    network.normalisation = normalisation
 
 
 class _Misfit(Exception):
@@ -128,6 +133,14 @@ def _names(item: Any, attribute: str) -> List[str]:
     if not isinstance(names, np.ndarray) or not all(isinstance(name, (bytes, str)) for name in names):
         raise ValueError("its %s are no list of names" % attribute)
     return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+
+
+def _normalisation(file: Any) -> str:
+    """The name in models.NORMALISATIONS of what the encoder does with images."""
+    name, = _names(file, NORMALISATION) if NORMALISATION in file.attrs else ["none"]
+    if name not in NORMALISATIONS:
+        raise ValueError("it normalises images in a way that is not known here: %s" % name)
+    return name
 
 
 def _check(dataset: Any) -> None:

@@ -86,7 +86,7 @@ def test_views_are_those_of_the_step_and_differ(shapes):
 
 
 def test_more_views_leave_the_first_two_as_they_are(shapes):
-    views = augmentation.Views(crop="area", solarise=(0.0, 1.0), normalise=augmentation.CIFAR10)
+    views = augmentation.Views(crop="area", solarise=(0.0, 1.0))
     two, = datasets.pretraining_batches(shapes.train_images, BATCH, 3, 2, 3, views=views)
     four, = datasets.pretraining_batches(shapes.train_images, BATCH, 3, 2, 3, views=views, number_of_views=4)
     assert len(two) == 2 and len(four) == 4
@@ -97,7 +97,6 @@ def test_more_views_leave_the_first_two_as_they_are(shapes):
             np.testing.assert_array_equal(four[view], two[view])
         expected = augmentation.augment_images_pretraining(images, seeds[view], views=views, view=view)
         np.testing.assert_allclose(four[view], expected, atol=1e-4)
-        assert four[view].numpy().min() < -0.5  # normalised
         for other in range(view):
             assert np.abs(four[view] - four[other]).mean() > 0.1
 

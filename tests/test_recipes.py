@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from command import pretrain
 
+import embed
+import evaluation
 import npu_config
 import pretraining
 import recipes
@@ -14,7 +16,8 @@ from commands import UserError
 from devices import graph_check
 
 EVERYTHING = dict(crop="area", min_area=0.2, flip_probability=0.5, brightness=0.3, contrast=0.3, saturation=0.2, hue=0.05,
-                  brightness_multiplies=True, grey_probability=0.1, solarize_probability=0.2, head_hidden=64, head_features=32,
+                  brightness_multiplies=True, grey_probability=0.1, solarize_probability=0.2, num_views=3,
+                  normalise="cifar10", head_hidden=64, head_features=32,
                   optimizer="lars", learning_rate=0.1, lr_schedule="constant", warmup_epochs=1, momentum=0.8, weight_decay=1e-5,
                   trust_coefficient=0.02, target_momentum=0.97, target_momentum_schedule="cosine")
 
@@ -90,3 +93,17 @@ def test_an_ascend_takes_the_loop_whole(settings):
     config = pretraining.Config(width_multiplier=1 / 16, batch_size=8, **settings)
     report = graph_check.examine(pretraining.trace(config))
     assert report.loop == "npu-loop" and not report.problems
+
+
+def test_the_encoder_that_was_trained_normalised_is_evaluated_so(tmp_path):
+    """The weights file tells it: features as of the encoder that the run had, and k-NN as the run told it."""
+    status, out, error = pretrain(tmp_path, "--normalise=cifar10", "--num_views=3", "--num_epochs=1", "--knn_every=1", forked=True)
+    assert status == 0, error
+    knn = json.loads((tmp_path / "metrics.json").read_text())["knn"][-1]["accuracy"]
+    config = embed.Config(encoder_weights=str(tmp_path / "f_online_1.h5"), width_multiplier=1 / 16, dataset="shapes", device="cpu",
+                          output_dir=str(tmp_path), quiet=True)
+    content = embed.embed(config)
+    train, test = ({name: content[name][content["split"] == part] for name in ("features", "labels")} for part in ("train", "test"))
+    accuracy = evaluation.knn_accuracy(train["features"], train["labels"], test["features"], test["labels"],
+                                       len(content["class_names"]))
+    assert accuracy == pytest.approx(knn, abs=0.002)

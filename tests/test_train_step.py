@@ -70,6 +70,18 @@ def test_steps_equal_their_recomputation():
             np.testing.assert_allclose(mine, other, rtol=1e-4, atol=4e-5 if "bias" in mine.name else 2e-6, err_msg=mine.name)
 
 
+def test_three_views_equal_their_recomputation():
+    """Of each view, the prediction against the mean of the target's projections of the other two; statistics move once a view."""
+    learner, twin = make_learner(num_views=3), make_learner(num_views=3)
+    views = [tf.random.stateless_uniform((8, 32, 32, 3), [view, 2]) for view in range(3)]
+    z = [twin.g_target(twin.f_target(x, training=True), training=True).numpy() for x in views]
+    p = [twin.q_online(twin.g_online(twin.f_online(x, training=True), training=True), training=True).numpy() for x in views]
+    cosines = [(normalised(p[view]) * normalised((z[view - 1] + z[view - 2]) / 2)).numpy().sum(axis=1).mean() for view in range(3)]
+    learner.train_loop(iter(tf.data.Dataset.from_tensors(tuple(views))), tf.constant(1))
+    assert learner.recent.numpy()[0, -1] == pytest.approx(2 - 2 * np.mean(cosines), abs=2e-5)
+    np.testing.assert_allclose(learner.f_online.stem_norm.moving_mean, twin.f_online.stem_norm.moving_mean, rtol=1e-5, atol=1e-7)
+
+
 def test_target_starts_on_its_own_and_moves_by_the_average_only():
     learner = make_learner(target_momentum=0.99)
     assert not np.allclose(learner.f_online.weights[0], learner.f_target.weights[0])

@@ -14,6 +14,7 @@ import pytest
 import tensorflow as tf
 from conftest import ROOT
 
+import evaluation
 import models
 import weights
 from commands import UserError
@@ -123,6 +124,38 @@ def test_files_of_other_programs_load(tmp_path, make):
     encoder = models.ResNet18(1 / 16)
     weights.load_weights(encoder, path)
     np.testing.assert_allclose(features(encoder), features(other), rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_keeps_how_its_encoder_normalises(tmp_path):
+    plain, normalising, read = (models.ResNet18(1 / 64, normalisation=name) for name in ("none", "cifar10", "imagenet"))
+    for weight, other in zip(normalising.weights, plain.weights):
+        weight.assign(other)
+    images = np.random.RandomState(0).rand(2, 32, 32, 3).astype(np.float32)
+    expected = plain((images - np.float32([0.4914, 0.4822, 0.4465])) / np.float32([0.2470, 0.2435, 0.2616])).numpy()
+    np.testing.assert_allclose(normalising(images), expected, rtol=1e-5, atol=1e-6)
+    path = str(tmp_path / "f.h5")
+    weights.save_weights(normalising, path)
+    weights.load_weights(read, path)
+    assert read.normalisation == "cifar10"
+    np.testing.assert_allclose(evaluation.inference(read, images), expected, rtol=1e-5, atol=1e-6)
+    weights.save_weights(plain, path)
+    weights.load_weights(read, path)
+    assert read.normalisation == "none" and weights.NORMALISATION not in h5py.File(path, "r").attrs
+
+
+@pytest.mark.parametrize("name, told", [([b"mnist"], "not known here: mnist"), (b"cifar10", "no list of names"),
+                                        (7, "no list of names"), ([b"none", b"none"], "not a whole"), ([b"x" * 2000000], "x{100,300}.; copy")])
+def test_a_way_to_normalise_that_is_not_known_is_refused(tmp_path, name, told):
+    encoder, path = models.ResNet18(1 / 64), str(tmp_path / "f.h5")
+    weights.save_weights(encoder, path)
+    with h5py.File(path, "r") as file, h5py.File(str(tmp_path / "g.h5"), "w", libver="latest", track_order=True) as other:
+        for group in file:
+            file.copy(group, other)
+        other.attrs.update(dict(file.attrs))
+        other.attrs[weights.NORMALISATION] = name
+    with pytest.raises(UserError, match=told):
+        weights.load_weights(encoder, str(tmp_path / "g.h5"))
+    assert encoder.normalisation == "none"
 
 
 def test_another_architecture_is_named_with_this_one(tmp_path):
