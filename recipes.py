@@ -44,7 +44,7 @@ class Recipe:
                                        high=1)
     num_views: int = flag(None, "Views of each image in a step. BYOL: 2; with more, the target of each is the mean of the others "
                           "(FastSiam: 4).", low=2, high=16)
-    normalise: str = flag(None, "Subtract this data set's mean from the images and divide by its deviation, in the encoder; its weight "
+    normalise: str = flag(None, "Subtract this data set's mean from the images and divide by its deviation, in the encoder; weight "
                           "files keep that (paper: imagenet; Lightly, solo-learn: cifar10).", choices=sorted(NORMALISATIONS))
     head_hidden: int = flag(None, "Hidden size of projector and predictor (byol-tensorflow2: 256; Lightly: 1024; paper: 4096).", low=1,
                             high=65536)

@@ -144,7 +144,8 @@ def test_a_file_keeps_how_its_encoder_normalises(tmp_path):
 
 
 @pytest.mark.parametrize("name, told", [([b"mnist"], "not known here: mnist"), (b"cifar10", "no list of names"),
-                                        (7, "no list of names"), ([b"none", b"none"], "not a whole"), ([b"x" * 2000000], "x{100,300}.; copy")])
+                                        (7, "no list of names"), ([b"none", b"none"], "not a whole"),
+                                        ([b"x" * 2000000], "x{100,300}.; copy")])
 def test_a_way_to_normalise_that_is_not_known_is_refused(tmp_path, name, told):
     encoder, path = models.ResNet18(1 / 64), str(tmp_path / "f.h5")
     weights.save_weights(encoder, path)
