@@ -33,6 +33,8 @@ class Config(npu_config.Options):
     """The settings of every command that works with a saved encoder: all are flags, saved with the result."""
     encoder: str = flag("resnet18", "The encoder f.", choices=sorted(models.ENCODERS))
     width_multiplier: float = flag(1.0, "The width that the encoder was made with.", low=1 / 64, high=8)
+    stem: Optional[str] = flag(None, "Its first layers: cifar or imagenet. Default: what the weights file has; for random weights "
+                               "cifar below 96 pixels, else imagenet.", choices=sorted(models.STEMS))
     encoder_weights: Optional[str] = flag(None, "The encoder's weights, as pretraining.py writes them "
                                           "(f_online_200.h5); none: random ones, to compare with.")
     dataset: str = flag("cifar10", "The images. shapes is made by the program and needs no files; folder is "
@@ -71,8 +73,9 @@ def start(config: Config) -> Tuple[Device, Any, Say]:
 
     if device.advice:
         say(device.advice)
+    stem = config.stem or weights.stem_of(config.encoder_weights) or models.default_stem(config.image_size)
     with device.scope():
-        encoder = models.ENCODERS[config.encoder](config.width_multiplier, norm=device.batch_norm, conv=device.convolution)
+        encoder = models.ENCODERS[config.encoder](config.width_multiplier, norm=device.batch_norm, conv=device.convolution, stem=stem)
     if config.encoder_weights != "none":
         weights.load_weights(encoder, config.encoder_weights)
     return device, encoder, say

@@ -1,10 +1,11 @@
-"""The networks of BYOL on CIFAR-10: the encoders f, the heads g and q, and the linear classifier c.
+"""The networks of BYOL: the encoders f, the heads g and q, and the linear classifier c.
 
 Keras 2 throughout: the NPU adapter is bound to TensorFlow 2.6.5, whose Keras is Keras 2, and on current TensorFlow the
 package tf-keras is the same API. This module decides which one is imported; every other says `from models import keras`.
 """
 import contextlib
-from typing import Any, Iterator, Tuple
+import functools
+from typing import Any, Callable, Iterator, Sequence, Tuple
 
 import numpy as np
 import tensorflow as tf
@@ -12,6 +13,9 @@ import tensorflow as tf
 # Mean and deviation of the red, green and blue of a data set's images in [0, 1], as they are commonly given.
 NORMALISATIONS = {"none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
                   "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+STEMS = {"cifar": (3, 1), "imagenet": (7, 2)}  # size and stride of the first convolution
+# From here on ImageNet's stem is the default: it leaves 3 x 3 pixels or more to the last stage, and costs a sixteenth of CIFAR's.
+IMAGENET_PIXELS = 96
 NEGLIGIBLE = 2.0 ** -64  # a start's share in moving statistics that changes no digit of them, in float32
 
 
@@ -34,36 +38,39 @@ def _keras2() -> Any:
 keras = _keras2()
 
 
-class BasicBlock(keras.layers.Layer):
-    """conv3x3-BN-ReLU-conv3x3-BN plus the shortcut, then ReLU (He et al., 2015, arXiv:1512.03385, figure 5 left).
+class Block(keras.layers.Layer):
+    """Convolutions, each with BatchNorm, ReLU between them; plus the shortcut; then ReLU (He et al., arXiv:1512.03385, figure 5).
 
-    The shortcut is the identity, or a 1x1 convolution and BatchNorm where the block has a stride.
-    (b, h, w, channels) -> (b, h / stride, w / stride, filters).
+    convolutions: filters, size and stride of each. The shortcut is the identity, or where the block changes the shape a 1x1
+    convolution and BatchNorm. (b, h, w, channels) -> (b, h / stride, w / stride, filters).
     """
 
-    def __init__(self, channels: int, filters: int, stride: int, name: str, norm: Any, conv: Any) -> None:
+    def __init__(self, channels: int, convolutions: Sequence[Tuple[int, int, int]], name: str, norm: Any, conv: Any) -> None:
         super().__init__(name=name)
-        self.conv1 = conv(filters, 3, strides=stride, padding="same", name="conv1")
-        self.norm1 = norm(name="norm1")
-        self.conv2 = conv(filters, 3, padding="same", name="conv2")
-        self.norm2 = norm(name="norm2")
-        layers = [(self.conv1, channels), (self.norm1, filters), (self.conv2, filters), (self.norm2, filters)]
-        self.project = stride != 1
+        layers, inputs, stride = [], channels, 1
+        for number, (filters, size, step) in enumerate(convolutions, 1):
+            layers += [("conv%d" % number, conv(filters, size, strides=step, padding="same", name="conv%d" % number), inputs),
+                       ("norm%d" % number, norm(name="norm%d" % number), filters)]
+            inputs, stride = filters, stride * step
+        self.convolutions = len(convolutions)
+        self.project = stride != 1 or channels != filters
         # On the CPU, TensorFlow 2.20 and 2.21 crash in the gradient of a strided 1x1 convolution of fewer than 16 channels.
         # To take every second pixel first and then convolve is the same.
         self.subsampling = stride if channels < 16 else 1
         if self.project:
-            self.shortcut_conv = conv(filters, 1, strides=stride // self.subsampling, padding="same", name="shortcut_conv")
-            self.shortcut_norm = norm(name="shortcut_norm")
-            layers += [(self.shortcut_conv, channels), (self.shortcut_norm, filters)]
+            shortcut = conv(filters, 1, strides=stride // self.subsampling, padding="same", name="shortcut_conv")
+            layers += [("shortcut_conv", shortcut, channels), ("shortcut_norm", norm(name="shortcut_norm"), filters)]
         with tf.name_scope(name):
-            for layer, inputs in layers:
+            for attribute, layer, inputs in layers:
+                setattr(self, attribute, layer)
                 _build(layer, (None, None, None, inputs))
         self.built = True
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        x = tf.nn.relu(self.norm1(self.conv1(inputs), training=training))
-        x = self.norm2(self.conv2(x), training=training)
+        x = inputs
+        for number in range(1, self.convolutions + 1):
+            x = tf.nn.relu(x) if number > 1 else x
+            x = getattr(self, "norm%d" % number)(getattr(self, "conv%d" % number)(x), training=training)
         if self.project:
             if self.subsampling > 1:
                 inputs = inputs[:, ::self.subsampling, ::self.subsampling]
@@ -71,24 +78,38 @@ class BasicBlock(keras.layers.Layer):
         return tf.nn.relu(x + inputs)
 
 
-class ResNet(keras.Model):
-    """An encoder f with the CIFAR stem: 3x3 convolution of stride 1, BatchNorm, ReLU, and no max-pool.
+def basic(filters: int, stride: int) -> Sequence[Tuple[int, int, int]]:
+    """The convolutions of a block of ResNet-18 and 34: filters, size and stride of each."""
+    return (filters, 3, stride), (filters, 3, 1)
 
-    (b, h, w, 3) float in [0, 1] -> (b, 512 * width_multiplier) in the layers' compute dtype, after global average
-    pooling. All weights exist as soon as the object does, without tracing the network once for nothing.
-    norm, conv: the classes of its BatchNorm and convolution layers. normalisation: of NORMALISATIONS, of the images before all else;
+
+def bottleneck(filters: int, stride: int) -> Sequence[Tuple[int, int, int]]:
+    """Those of ResNet-50. The 3x3 convolution has the stride (v1.5), as in DeepMind's code and torchvision; He et al.: the first."""
+    return (filters, 1, 1), (filters, 3, stride), (4 * filters, 1, 1)
+
+
+class ResNet(keras.Model):
+    """An encoder f. (b, h, w, 3) float in [0, 1] -> (b, features) in the layers' compute dtype, after global average pooling.
+
+    features: 512 * width_multiplier, four times that with bottlenecks. All weights exist as soon as the object does, without tracing
+    the network once for nothing. norm, conv: the classes of its BatchNorm and convolution layers; convolve: what they are in a block.
+    stem: one of STEMS; 'cifar' is a 3x3 convolution of stride 1, BatchNorm, ReLU and no max-pool, 'imagenet' one of 7x7 pixels and
+    stride 2, and a max-pool of 3x3 and stride 2. normalisation: of NORMALISATIONS, of the images before all else;
     weight files keep its name. ValueError if the width leaves a stage without filters.
     """
 
     def __init__(self, blocks: Tuple[int, int, int, int], width_multiplier: float = 1.0, name: str = "encoder",
-                 norm: Any = keras.layers.BatchNormalization, conv: Any = keras.layers.Conv2D, normalisation: str = "none") -> None:
+                 norm: Any = keras.layers.BatchNormalization, conv: Any = keras.layers.Conv2D, normalisation: str = "none",
+                 stem: str = "cifar", convolve: Callable[[int, int], Sequence[Tuple[int, int, int]]] = basic) -> None:
         super().__init__(name=name)
         self.normalisation = normalisation
         widths = [int(filters * width_multiplier) for filters in (64, 128, 256, 512)]
         if widths[0] < 1:
             raise ValueError("width_multiplier is %g, which leaves no filters: give at least 1/64" % width_multiplier)
         self.features = channels = widths[0]
-        self.stem_conv = conv(channels, 3, padding="same", name="stem_conv")
+        self.stem = stem
+        size, stride = STEMS[stem]
+        self.stem_conv = conv(channels, size, strides=stride, padding="same", name="stem_conv")
         self.stem_norm = norm(name="stem_norm")
         with tf.name_scope(name):
             _build(self.stem_conv, (None, None, None, 3))
@@ -96,10 +117,9 @@ class ResNet(keras.Model):
             self.blocks = []
             for stage, (count, filters) in enumerate(zip(blocks, widths)):
                 for index in range(count):
-                    stride = 2 if stage > 0 and index == 0 else 1
-                    block = BasicBlock(channels, filters, stride, "stage%d_block%d" % (stage + 1, index + 1), norm, conv)
-                    self.blocks.append(block)
-                    channels = filters
+                    convolutions = convolve(filters, 2 if stage > 0 and index == 0 else 1)
+                    self.blocks.append(Block(channels, convolutions, "stage%d_block%d" % (stage + 1, index + 1), norm, conv))
+                    channels = convolutions[-1][0]
         self.features = channels
         self.built = True
 
@@ -108,6 +128,8 @@ class ResNet(keras.Model):
             mean, deviation = NORMALISATIONS[self.normalisation]
             inputs = (inputs - mean) / deviation
         x = tf.nn.relu(self.stem_norm(self.stem_conv(inputs), training=training))
+        if self.stem == "imagenet":
+            x = tf.nn.max_pool2d(x, 3, 2, "SAME")
         for block in self.blocks:
             x = block(x, training=training)
         return tf.reduce_mean(x, axis=[1, 2])
@@ -129,7 +151,20 @@ def ResNet34(width_multiplier: float = 1.0, name: str = "resnet34", **layers: An
     return ResNet((3, 4, 6, 3), width_multiplier, name, **layers)
 
 
-ENCODERS = {"resnet18": ResNet18, "resnet34": ResNet34}
+def ResNet50(width_multiplier: float = 1.0, name: str = "resnet50", conv: Any = keras.layers.Conv2D, **layers: Any) -> ResNet:
+    """ResNet-50 (3-4-6-3 bottlenecks): 23,508,032 trainable parameters at width 1 with ImageNet's stem, h of (b, 2048).
+
+    As in the BYOL paper its convolutions have no biases, which the BatchNorm after each would take away again.
+    """
+    return ResNet((3, 4, 6, 3), width_multiplier, name, conv=functools.partial(conv, use_bias=False), convolve=bottleneck, **layers)
+
+
+ENCODERS = {"resnet18": ResNet18, "resnet34": ResNet34, "resnet50": ResNet50}
+
+
+def default_stem(image_size: int) -> str:
+    """The stem for images of so many pixels a side: ImageNet's from IMAGENET_PIXELS on."""
+    return "imagenet" if image_size >= IMAGENET_PIXELS else "cifar"
 
 
 class ProjectionHead(keras.Model):

@@ -42,6 +42,8 @@ class Config(recipes.Recipe, npu_config.Options):
     """The settings of a run: each is a flag, and all are saved as config.json. Those of the method are in recipes.py."""
     encoder: str = flag("resnet18", "The encoder f (reference and ModelZoo).", choices=sorted(models.ENCODERS))
     width_multiplier: float = flag(1.0, "Scales the encoder's filters; 0.25 makes it sixteen times cheaper.", low=1 / 64, high=8)
+    stem: Optional[str] = flag(None, "The encoder's first layers. cifar: 3x3 of stride 1 (reference); imagenet: 7x7 of stride 2, "
+                               "max-pool. Default: imagenet from 96 pixels on.", choices=sorted(models.STEMS))
     dataset: str = flag("cifar10", "What to train on. shapes is made by the program and needs no files; folder is a folder of "
                         "images.", choices=datasets.NAMES)
     data_dir: Optional[str] = flag(None, "Where the data set lies: CIFAR's batches folder or .tar.gz, or a folder of images.",
@@ -86,7 +88,8 @@ class Byol(tf.Module):
         self._config = config
         self._device = device
         make_encoder = functools.partial(models.ENCODERS[config.encoder], config.width_multiplier, norm=device.batch_norm,
-                                         conv=device.convolution, normalisation=config.normalise)
+                                         conv=device.convolution, normalisation=config.normalise,
+                                         stem=config.stem or models.default_stem(config.image_size))
         make_head = functools.partial(models.ProjectionHead, config.head_hidden, config.head_features, norm=device.batch_norm)
         base = schedules.scaled_learning_rate(config.learning_rate, config.batch_size)
         self.schedule = functools.partial(schedules.warmup, base=base, total_steps=total_steps,
@@ -246,6 +249,7 @@ def consistent(config: Config) -> Config:
         raise UserError("--warmup_epochs %d leaves none of --num_epochs %d." % (config.warmup_epochs, config.num_epochs))
     if config.perf == 0 and config.max_steps is None:
         config = dataclasses.replace(config, max_steps=PERFORMANCE_STEPS)
+    config = dataclasses.replace(config, stem=config.stem or models.default_stem(config.image_size))
     if config.overwrite and config.resume:
         raise UserError("--overwrite goes with --noresume.")
     return config

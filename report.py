@@ -53,11 +53,11 @@ Shown = Tuple[str, Union[bytes, str]]  # a caption, and a PNG or the reason why 
 
 
 @functools.lru_cache(maxsize=None)
-def _encoder(name: str, width: float) -> Any:
+def _encoder(name: str, width: float, stem: str) -> Any:
     """One for all runs that have such a one: it takes TensorFlow seconds to trace each, and it warns of many."""
     import models
 
-    return models.ENCODERS[name](width)
+    return models.ENCODERS[name](width, stem=stem)
 
 
 def neighbours(run: Run, searched: int, cache_dir: str = ".") -> np.ndarray:
@@ -79,7 +79,7 @@ def neighbours(run: Run, searched: int, cache_dir: str = ".") -> np.ndarray:
     data = evaluation.load_data(config, labelled=False)
     if not len(data.test_images):
         raise UserError("the data set has no test images.")
-    encoder = _encoder(config.encoder, config.width_multiplier)
+    encoder = _encoder(config.encoder, config.width_multiplier, weights.stem_of(path) or "cifar")
     weights.load_weights(encoder, path)
     keys = np.arange(min(searched, len(data.train_images))) * len(data.train_images) // min(searched, len(data.train_images))
     asked = np.unique(np.arange(QUERIES) * len(data.test_images) // QUERIES)

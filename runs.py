@@ -95,7 +95,7 @@ class Run:
             free = FREE | ({"num_epochs"} if config.lr_schedule == config.target_momentum_schedule == "constant" else set())
             settings = dict(dataclasses.asdict(config), train_images=len(data.train_images), images_crc=self.images_crc)
             checkpoints.claim_folder(config.output_dir, settings, free, config.resume, config.overwrite,
-                                     dataclasses.asdict(type(config)()))
+                                     dict(dataclasses.asdict(type(config)()), stem="cifar"))
 
     def path(self, name: str) -> str:
         return os.path.join(self.config.output_dir, name)

@@ -8,12 +8,13 @@ import collections
 import hashlib
 import io
 import os
-from typing import Any, Dict, Iterable, List, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import h5py
 import numpy as np
 
 import commands
+import models
 from commands import UserError
 from models import NORMALISATIONS, keras
 
@@ -21,6 +22,7 @@ NORMALISATION = "byol_normalisation"  # the attribute of the file that keeps the
 SEAL = b"\nsha256 %s sha256\n"
 SEAL_BYTES = len(SEAL % (b"0" * 64))
 LARGEST_ATTRIBUTE = 1 << 20  # bytes; HDF5's own limit for those that Keras writes is 64 kB
+BOTTLENECKS = 53  # BatchNorms of ResNet-50
 LARGEST_CHUNK = 1 << 22  # numbers of a compressed dataset that are unpacked at once; the largest kernel here has 2.4 million
 
 
@@ -71,6 +73,16 @@ def load_weights(network: Any, path: str) -> None:
     for weight, _, array in found:
         weight.assign(array)
     network.normalisation = normalisation
+
+
+def stem_of(path: str) -> Optional[str]:
+    """Which of models.STEMS an encoder's file has; None if that cannot be told, of which `load_weights` then gives the reason."""
+    try:
+        with h5py.File(path, "r") as file:
+            side = _side(_layers(_datasets(file)))
+    except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError):
+        return None
+    return {size: name for name, (size, _) in models.STEMS.items()}.get(side)
 
 
 class _Misfit(Exception):
@@ -181,8 +193,8 @@ def _match(wanted: Layers, given: Layers) -> Iterable[Tuple[Any, str, Any]]:
     """
     ours, theirs = _describe(wanted), _describe(given)
     if ours != theirs:
-        raise _Misfit("holds the weights of %s, but they are to go into %s: give the --encoder and --width_multiplier that it was "
-                      "made with." % (theirs, ours))
+        raise _Misfit("holds the weights of %s, but they are to go into %s: give the --encoder, --width_multiplier and "
+                      "--stem that it was made with." % (theirs, ours))
     for (first, *_), others in zip(wanted, given):
         for other in others:
             for kind in set(first) - set(other):
@@ -193,6 +205,9 @@ def _match(wanted: Layers, given: Layers) -> Iterable[Tuple[Any, str, Any]]:
         place = next((i for i, other in enumerate(left[:3]) if all(map(_same, layers, other))), None)
         if place is None:
             raise _Misfit("holds weights whose shapes, from %s on, are not those of %s." % (next(iter(left[0][0].values()))[0], ours))
+        if place and len(wanted[1]) == BOTTLENECKS:  # in stage 1 a shortcut has the shape of a convolution beside it
+            raise _Misfit("lists a shortcut before its block's convolutions, which for resnet50 does not tell which is which; save it "
+                          "in the order of f_online_<epoch>.h5.")
         for layer, other in zip(layers, left.pop(place)):
             for kind, (_, variable) in layer.items():
                 yield (variable,) + other[kind]
@@ -204,9 +219,16 @@ def _same(layer: Layer, other: Layer) -> bool:
 
 
 def _describe(layers: Layers) -> str:
-    """For example: resnet18 with width_multiplier 0.25."""
+    """For example: resnet18 with width_multiplier 0.25 and the stem cifar."""
     convolutions, norms = layers
-    names = {20: "resnet18", 36: "resnet34"}
+    names = {20: "resnet18", 36: "resnet34", BOTTLENECKS: "resnet50"}
     if len(convolutions) != len(norms) or len(norms) not in names:
         return "no encoder known here (%d convolutions or dense layers, %d BatchNorms)" % (len(convolutions), len(norms))
-    return "%s with width_multiplier %g" % (names[len(norms)], next(iter(norms[0].values()))[1].shape[-1] / 64)
+    stem = "imagenet" if _side(layers) == models.STEMS["imagenet"][0] else "cifar"
+    return "%s with width_multiplier %g and the stem %s" % (names[len(norms)], next(iter(norms[0].values()))[1].shape[-1] / 64, stem)
+
+
+def _side(layers: Layers) -> int:
+    """Of the kernel of the first convolution, in pixels."""
+    first = layers[0][0] if layers[0] else {}
+    return int(first["kernel"][1].shape[0]) if "kernel" in first else 0

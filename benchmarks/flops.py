@@ -17,11 +17,14 @@ def dense(head: Any) -> int:
 
 def forward(encoder: Any, image_size: int = 32) -> int:
     """Of one image, by an encoder (models.ResNet) in one direction: 1.1108e9 for ResNet-18 at 32 x 32."""
-    side = image_size  # of what a convolution gives; 'same' padding
+    side = -(-image_size // encoder.stem_conv.strides[0])  # of what a convolution gives; 'same' padding
     total = convolution(encoder.stem_conv, side)
+    side = -(-side // 2) if encoder.stem == "imagenet" else side  # the max-pool
     for block in encoder.blocks:
-        side = -(-side // block.conv1.strides[0])
-        total += convolution(block.conv1, side) + convolution(block.conv2, side)
+        for number in range(1, block.convolutions + 1):
+            layer = getattr(block, "conv%d" % number)
+            side = -(-side // layer.strides[0])
+            total += convolution(layer, side)
         if block.project:
             total += convolution(block.shortcut_conv, side)
     return total
@@ -34,4 +37,4 @@ def step(f: Any, g: Any, q: Any, image_size: int = 32) -> int:
     forward (1) through the target's f and g. The stem has no gradient with respect to its inputs, the images.
     """
     networks = forward(f, image_size) + dense(g)
-    return 2 * (3 * (networks + dense(q)) - convolution(f.stem_conv, image_size) + networks)
+    return 2 * (3 * (networks + dense(q)) - convolution(f.stem_conv, -(-image_size // f.stem_conv.strides[0])) + networks)

@@ -145,3 +145,78 @@ def test_statistics_without_a_start_to_take_out_stay_to_the_bit(updates):
     with models.settled(network, updates):
         for found, expected in zip(statistics(network), before):
             np.testing.assert_array_equal(found, expected)
+
+
+# Encoders for real images.
+
+
+@pytest.mark.parametrize("make, stem, expected", [
+    (models.ResNet18, "imagenet", 11181312), (models.ResNet34, "imagenet", 21293184),
+    (models.ResNet50, "imagenet", 23508032), (models.ResNet50, "cifar", 23500352)])
+def test_parameter_counts_of_encoders_for_real_images(make, stem, expected):
+    encoder = make(stem=stem)
+    assert models.count_parameters(encoder) == expected
+    biases = [weight.name for weight in encoder.trainable_weights if "/bias" in weight.name]
+    assert len(biases) == {models.ResNet18: 20, models.ResNet34: 36, models.ResNet50: 0}[make]
+
+
+@pytest.mark.parametrize("size, stem", [(8, "cifar"), (32, "cifar"), (64, "cifar"), (95, "cifar"), (96, "imagenet")])
+def test_the_stem_by_the_size_of_the_images(size, stem):
+    assert models.default_stem(size) == stem
+
+
+@pytest.mark.parametrize("stem, sides", [("cifar", [96, 48, 24, 12]), ("imagenet", [24, 12, 6, 3])])
+def test_the_stem_decides_the_sides_of_the_stages(stem, sides):
+    encoder = models.ResNet18(1 / 32, stem=stem)
+    x = tf.zeros((1, 96, 96, 3))
+    shapes = []
+    for block in encoder.blocks:
+        block.call = lambda inputs, training, call=block.call: shapes.append(call(inputs, training)) or shapes[-1]
+    assert encoder(x).shape == (1, 16)
+    assert [shape.shape[1] for shape in shapes[::2]] == sides
+
+
+def keras_resnet50(size):
+    """Keras's own ResNet-50 with random weights and statistics, and these changes to its settings: the stride in the 3x3 convolution
+    (v1.5), 'same' padding of the stem as everywhere else, and epsilon 1e-3."""
+    original = keras.applications.ResNet50(weights=None, include_top=False, pooling="avg", input_shape=(size, size, 3))
+    config = original.get_config()
+    for layer in config["layers"]:
+        name, settings = layer["config"]["name"], layer["config"]
+        if layer["class_name"] == "BatchNormalization":
+            settings["epsilon"] = 1e-3
+        if name in ("conv1_pad", "pool1_pad"):
+            settings["padding"] = {"conv1_pad": ((2, 3), (2, 3)), "pool1_pad": ((0, 1), (0, 1))}[name]
+        if name in ["conv%d_block1_%d_conv" % (stage, number) for stage in (3, 4, 5) for number in (1, 2)]:
+            settings["strides"] = (1, 1) if name.endswith("1_conv") else (2, 2)
+    network = keras.Model.from_config(config)
+    random = np.random.RandomState(0)
+    for layer in network.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.set_weights([random.uniform(low, high, layer.gamma.shape) for low, high in ((.5, 1), (-.2, .2), (-.2, .2), (.5, 2))])
+        elif isinstance(layer, keras.layers.Conv2D):
+            layer.bias.assign(random.uniform(-0.1, 0.1, layer.bias.shape))
+    return network
+
+
+def test_resnet50_gives_the_features_of_keras_own():
+    """With its weights copied; a bias before BatchNorm becomes a part of the moving mean, which is the same in inference."""
+    size = 64
+    theirs, ours = keras_resnet50(size), models.ResNet50(stem="imagenet")
+
+    def copy(name, conv, norm):
+        conv.kernel.assign(theirs.get_layer(name + "_conv").kernel)
+        gamma, beta, mean, variance = theirs.get_layer(name + "_bn").get_weights()
+        norm.set_weights([gamma, beta, mean - theirs.get_layer(name + "_conv").bias.numpy(), variance])
+
+    copy("conv1", ours.stem_conv, ours.stem_norm)
+    names = ["conv%d_block%d" % (stage, block + 1) for stage, count in zip((2, 3, 4, 5), (3, 4, 6, 3)) for block in range(count)]
+    for name, block in zip(names, ours.blocks):
+        for number in (1, 2, 3):
+            copy("%s_%d" % (name, number), getattr(block, "conv%d" % number), getattr(block, "norm%d" % number))
+        if block.project:
+            copy(name + "_0", block.shortcut_conv, block.shortcut_norm)
+    x = tf.random.stateless_uniform((3, size, size, 3), [1, 2])
+    expected, found = theirs(x, training=False).numpy(), ours(x, training=False).numpy()
+    assert found.shape == (3, 2048) and expected.std() > 0.1
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * max(1, np.abs(expected).max()))

@@ -521,3 +521,29 @@ def test_whatever_is_done_to_a_file_it_is_refused_or_gives_the_same_numbers(tmp_
     assert sum(count["refused"] for count in counts.values()) > number / 2
     for kind in ("longer", "in a group", "float64", "compressed"):
         assert counts[kind]["loaded"] and not counts[kind]["refused"], kind
+
+
+@pytest.mark.parametrize("make, stem", [(models.ResNet50, "imagenet"), (models.ResNet50, "cifar"), (models.ResNet18, "imagenet")])
+def test_files_of_encoders_for_real_images(tmp_path, make, stem):
+    encoder, other = make(1 / 32, stem=stem), make(1 / 32, stem=stem)
+    path = str(tmp_path / "f.h5")
+    weights.save_weights(encoder, path)
+    weights.load_weights(other, path)
+    for mine, its in zip(encoder.weights, other.weights):
+        np.testing.assert_array_equal(mine, its)
+    assert weights.stem_of(path) == stem and weights.stem_of(str(tmp_path / "none.h5")) is None
+    wrong = make(1 / 32, stem={"imagenet": "cifar", "cifar": "imagenet"}[stem])
+    with pytest.raises(UserError, match="of %s with width_multiplier 0.03125 and the stem %s.*--stem" % (encoder.name, stem)):
+        weights.load_weights(wrong, path)
+
+
+def test_a_file_of_resnet50_with_shortcuts_first_is_refused(tmp_path):
+    """In stage 1 the shortcut has the shape of the third convolution, so that order alone would swap them unseen."""
+    encoder, path = models.ResNet50(1 / 32), str(tmp_path / "f.h5")
+    for block in encoder.blocks:
+        if block.project:
+            order = ["shortcut_conv", "shortcut_norm"] + ["%s%d" % kind for n in (1, 2, 3) for kind in (("conv", n), ("norm", n))]
+            block._self_tracked_trackables = [getattr(block, name) for name in order]
+    weights.save_weights(encoder, path)
+    with pytest.raises(UserError, match="lists a shortcut before"):
+        weights.load_weights(models.ResNet50(1 / 32), path)
