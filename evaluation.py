@@ -15,6 +15,7 @@ from absl import logging
 
 import commands
 import datasets
+import health
 import models
 import npu_config
 import weights
@@ -35,8 +36,7 @@ class Config(npu_config.Options):
     width_multiplier: float = flag(1.0, "The width that the encoder was made with.", low=1 / 64, high=8)
     stem: Optional[str] = flag(None, "Its first layers: cifar or imagenet. Default: what the weights file has; for random weights "
                                "cifar below 96 pixels, else imagenet.", choices=sorted(models.STEMS))
-    encoder_weights: Optional[str] = flag(None, "The encoder's weights, as pretraining.py writes them "
-                                          "(f_online_200.h5); none: random ones, to compare with.")
+    encoder_weights: Optional[str] = flag(None, "A file of pretraining.py's, as f_online_200.h5; none: random ones, to compare with.")
     dataset: str = flag("cifar10", "The images. shapes is made by the program and needs no files; folder is "
                         "a folder of images.", choices=datasets.NAMES)
     data_dir: Optional[str] = flag(None, "Where the data set lies: CIFAR's batches folder or .tar.gz, or a "
@@ -90,8 +90,7 @@ def load_data(config: Config, labelled: bool = True) -> Any:
                          test_fraction=config.test_fraction, cache_dir=config.output_dir)
     where = "The data set %s%s" % (config.dataset, " in %s" % config.data_dir if config.data_dir else "")
     if labelled and data.train_labels is None:
-        raise UserError("%s has no labels; put its images into one folder for each class, as in "
-                        "DIR/cat/1.jpg." % where)
+        raise UserError("%s has no labels; put its images into one folder for each class, as in DIR/cat/1.jpg." % where)
     if labelled and len(data.class_names) < 2:
         raise UserError("%s has %d class; a classifier needs two or more." % (where, len(data.class_names)))
     if labelled and not len(data.test_images):
@@ -134,15 +133,13 @@ def features(encoder: Any, images: Any, batch_size: int = 500, check: Callable[[
         batches.append(inference(encoder, tf.constant(filled)))
     result = np.concatenate([batch.numpy() for batch in batches])[:len(images)]
     if not np.isfinite(result).all():
-        raise UserError("The encoder gives features that are not finite numbers: its weights are of a run "
-                        "that failed, or too large for the precision; try --precision_mode "
-                        "must_keep_origin_dtype.")
+        raise UserError("The encoder gives features that are not finite numbers: its weights are of a run that failed, or too large "
+                        "for the precision; try --precision_mode must_keep_origin_dtype.")
     return result
 
 
-def knn_accuracy(train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray,
-                 test_labels: np.ndarray, num_classes: int, k: int = NEIGHBOURS,
-                 temperature: float = TEMPERATURE) -> float:
+def knn_accuracy(train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray,
+                 num_classes: int, k: int = NEIGHBOURS, temperature: float = TEMPERATURE) -> float:
     """The part of the test images whose class their k nearest training images tell.
 
     The weighted vote of InstDisc (arXiv:1805.01978, section 3.4): each neighbour votes for its class with exp(cosine / temperature).
@@ -205,9 +202,8 @@ class Classifier(tf.Module):
     of it changes, BatchNorm's moving statistics included.
     """
 
-    def __init__(self, device: Device, encoder: Any, width: int, num_classes: int,
-                 learning_rate: Callable[[tf.Tensor], tf.Tensor], label_smoothing: float,
-                 frozen: bool = True) -> None:
+    def __init__(self, device: Device, encoder: Any, width: int, num_classes: int, learning_rate: Callable[[tf.Tensor], tf.Tensor],
+                 label_smoothing: float, frozen: bool = True) -> None:
         super().__init__()
         self._device = device
         self._num_classes = num_classes
@@ -219,7 +215,8 @@ class Classifier(tf.Module):
             self.head = models.ClassificationHead(num_classes)
             self.head.build((None, width))
             self.step = tf.Variable(0, trainable=False, dtype=tf.int64, name="step", aggregation=only_first)
-            self.loss = tf.Variable(0.0, trainable=False, name="loss", aggregation=only_first)
+            # Of the latest step: loss, loss scale (0: none), how many steps were skipped up to it, and how many of these in a row.
+            self.recent = tf.Variable(tf.zeros([4]), trainable=False, name="recent", aggregation=only_first)
             optimizers = getattr(keras.optimizers, "legacy", keras.optimizers)
             adam = optimizers.Adam(lambda: learning_rate(self.step))
             adam._create_all_weights(self.trained_weights)
@@ -245,9 +242,12 @@ class Classifier(tf.Module):
     @tf.autograph.experimental.do_not_convert
     def train_step(self, x: tf.Tensor, labels: tf.Tensor) -> None:
         """A step on images (b, s, s, 3) in [0, 1], or features (b, d), float32, with integer labels (b,)."""
+        scale = self._device.loss_scale(self.optimizer)
         loss, = self._device.run(self._update, (x, labels))
         self.step.assign_add(1)
-        self.loss.assign(loss)
+        with self._device.keep_float32():
+            now, skipped = self._device.loss_scale(self.optimizer), self._device.skipped(self.optimizer, scale)
+            self.recent.assign([loss, now, self.recent[2] + skipped, (self.recent[3] + 1) * skipped])
 
     def _update(self, x: tf.Tensor, labels: tf.Tensor) -> Tuple[tf.Tensor]:
         """One optimiser step. Gives the loss, a float32 scalar."""
@@ -268,7 +268,8 @@ class Classifier(tf.Module):
     def train(self, batches: tf.data.Dataset, last_step: int, total_steps: int, steps_per_epoch: int, say: Say) -> None:
         """Take the steps 0..last_step - 1, of total_steps that a full run has, on the elements of `batches`.
 
-        Tells how long it will take, and the loss at an epoch's end, at most once a second. UserError if that is not a finite number.
+        Tells how long it will take, and the loss at an epoch's end, at most once a second. UserError if that is not finite, or loss
+        scaling has skipped a whole epoch.
         """
         step, calls, seconds_a_step, since = 0, 0, None, time.time()  # type: int, int, Optional[float], float
         say("Training for %d steps, %d an epoch..." % (last_step, steps_per_epoch))
@@ -279,20 +280,27 @@ class Classifier(tf.Module):
             self._device.set_loop_size(n)
             began = time.time()
             self.train_loop(iterator, tf.constant(n))
-            loss = float(self.loss.numpy())
+            loss, scale, skipped, in_a_row = self.recent.numpy().tolist()
             seconds_a_step = (time.time() - began) / n
             step, calls = step + n, calls + 1
             left = (last_step - step) * seconds_a_step
             if calls == 2 and left > 60:  # the first has compiled the loop as well
                 say("About %d minutes are left." % round(left / 60))
-            if not np.isfinite(loss):
-                raise UserError("The loss is %s after step %d; try a lower --learning_rate, or "
-                                "--precision_mode must_keep_origin_dtype." % (loss, step))
+            problem = health.bad_loss([loss], step) or health.without_effect(range(step - int(in_a_row) + 1, step + 1), step,
+                                                                             steps_per_epoch, scale)
+            if problem:
+                raise UserError("%s; try a lower --learning_rate, or --precision_mode must_keep_origin_dtype." % problem)
             if step == last_step or step % steps_per_epoch == 0 and time.time() - since > 1:
                 epoch, batch = (step - 1) // steps_per_epoch + 1, (step - 1) % steps_per_epoch + 1
-                say("[Epoch %d/%d Batch %d/%d] Loss=%.5f. Time=%.2f" % (
-                    epoch, total_steps // steps_per_epoch, batch, steps_per_epoch, loss, time.time() - since))
+                # Not in pretraining's words, Loss= and Time=, which ModelZoo's scripts look for in one log of both.
+                say("[Epoch %d/%d Batch %d/%d] loss %.5f, %.2f s%s" % (epoch, total_steps // steps_per_epoch, batch, steps_per_epoch,
+                                                                       loss, time.time() - since, health.told(scale, int(skipped))))
                 since = time.time()
+
+    def figures(self) -> Dict[str, float]:
+        """Of the latest step: loss, and where it is scaled, loss_scale and how many steps were skipped."""
+        loss, scale, skipped, _ = self.recent.numpy().tolist()
+        return {"loss": loss, "loss_scale": scale, "skipped": skipped} if scale else {"loss": loss}
 
     def logits(self, features: np.ndarray) -> np.ndarray:
         """The head's answer to features (n, d): float32 (n, num_classes), computed on the host."""

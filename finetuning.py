@@ -86,9 +86,8 @@ def finetune(config: Config) -> Dict[str, Any]:
                 weights.save_weights(encoder, os.path.join(config.output_dir, "f_finetuned.h5"))
         logits = classifier.logits(evaluation.features(encoder, data.test_images))
     counts = confusion(data.test_labels, logits.argmax(axis=1), len(data.class_names))
-    figures = {"test_accuracy": evaluation.top_k_accuracy(logits, data.test_labels, 1), "labels": len(labels),
-               "loss": float(classifier.loss.numpy()), "steps": last_step, "epochs": num_epochs,
-               "per_class": per_class(counts, data.class_names), "confusion": counts.tolist()}
+    figures = dict(classifier.figures(), test_accuracy=evaluation.top_k_accuracy(logits, data.test_labels, 1), labels=len(labels),
+                   steps=last_step, epochs=num_epochs, per_class=per_class(counts, data.class_names), confusion=counts.tolist())
     if len(data.class_names) > 5:
         figures["test_accuracy_top5"] = evaluation.top_k_accuracy(logits, data.test_labels, 5)
     evaluation.write_result("finetuning", config, device, data, started, figures)

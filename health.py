@@ -3,7 +3,7 @@
 Each function looks at figures that a run has, and gives what is wrong in words, or None.
 """
 import math
-from typing import List, Optional, Sequence
+from typing import Optional, Sequence
 
 # Below this fraction of the spread that evenly spread projections have; slow healthy runs were seen at 0.4 and above.
 COLLAPSED = 0.05
@@ -18,19 +18,24 @@ def bad_loss(losses: Sequence[float], step: int) -> Optional[str]:
     return None if bad is None else "The loss of step %d is %s" % (step - len(losses) + bad + 1, losses[bad])
 
 
-def skipped_in_a_row(skipped: List[int], step: int) -> int:
+def told(scale: float, skipped: int) -> str:
+    """The end of a log line: the loss scale, and how many steps were skipped so far. Nothing where the loss is not scaled (0)."""
+    return ", loss scale %g, %d step%s skipped" % (scale, skipped, "" if skipped == 1 else "s") if scale else ""
+
+
+def skipped_in_a_row(skipped: Sequence[int], step: int) -> int:
     """How many steps, up to `step`, were skipped. skipped: the numbers of all that were, rising."""
     return next((n for n, other in enumerate(reversed(skipped)) if other != step - n), len(skipped))
 
 
-def overflowing(skipped: List[int], step: int, scale: float) -> Optional[str]:
+def overflowing(skipped: Sequence[int], step: int, scale: float) -> Optional[str]:
     """scale: the loss scale that the steps have come down to."""
     number = skipped_in_a_row(skipped, step)
     return None if number < SKIPPED else ("The last %d steps did not change the weights: their gradients overflowed. The loss scale "
                                           "is %g now." % (number, scale))
 
 
-def without_effect(skipped: List[int], step: int, steps_per_epoch: int, scale: float) -> Optional[str]:
+def without_effect(skipped: Sequence[int], step: int, steps_per_epoch: int, scale: float) -> Optional[str]:
     """Of a whole epoch or more: a lower loss scale did not help, or there is no lower one."""
     number = skipped_in_a_row(skipped, step)
     return None if number < max(steps_per_epoch, HALVINGS) else (

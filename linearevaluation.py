@@ -86,8 +86,8 @@ def evaluate(config: Config) -> Dict[str, Any]:
 
     say("Computing the features of %d test images..." % len(data.test_images))
     test = evaluation.features(encoder, data.test_images)
-    figures = {"test_accuracy": evaluation.top_k_accuracy(classifier.logits(test), data.test_labels, 1),
-               "loss": float(classifier.loss.numpy()), "steps": last_step, "seconds_of_training": training}
+    figures = dict(classifier.figures(), test_accuracy=evaluation.top_k_accuracy(classifier.logits(test), data.test_labels, 1),
+                   steps=last_step, seconds_of_training=training)
     if config.knn:
         figures["knn"] = evaluation.knn_accuracy(plain, data.train_labels, test, data.test_labels, len(data.class_names))
     if device.is_chief:

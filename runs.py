@@ -200,7 +200,7 @@ class Run:
         self.say("[Epoch %d/%d Batch %d/%d] Loss=%.5f. Time=%.2f, %.1f images/s, spread %.4f, %d:%02d:%02d left"
                  % (epoch, self.config.num_epochs, batch, self.steps_per_epoch, loss, seconds, images_a_second, spread,
                     left // 3600, left // 60 % 60, left % 60)
-                 + (", loss scale %g, %d step%s skipped" % (scale, skipped, "" if skipped == 1 else "s") if scale else ""))
+                 + health.told(scale, skipped))
         figures = {"loss": loss, "spread": spread, "images_per_second": images_a_second,
                    "learning_rate": float(self.learner.schedule(self.step))}
         if scale:

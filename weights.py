@@ -12,6 +12,7 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import h5py
 import numpy as np
+import tensorflow as tf
 
 import commands
 import models
@@ -34,7 +35,7 @@ def save_weights(network: Any, path: str) -> None:
     memory = io.BytesIO()
     with h5py.File(memory, "w") as file:
         file.attrs.update(layer_names=[layer.name.encode() for layer in network.layers], backend=b"tensorflow",
-                          keras_version=keras.__version__.encode())
+                          keras_version=getattr(keras, "__version__", tf.__version__).encode())
         if getattr(network, "normalisation", "none") != "none":
             file.attrs[NORMALISATION] = [network.normalisation.encode()]
         for layer in network.layers:

@@ -54,7 +54,7 @@ def test_as_a_user_runs_it(weights, tmp_path):
                              "--label_fraction=0.01")
     assert status == 0, error
     assert "Training on 50 of 5000 labelled images of 10 classes." in out
-    assert re.search(r"^\[Epoch 2/1000 Batch 1/1\] Loss=\d+\.\d{5}\. Time=", out, re.MULTILINE)
+    assert re.search(r"^\[Epoch 2/1000 Batch 1/1\] loss \d+\.\d{5}, \d+\.\d\d s$", out, re.MULTILINE)
     assert re.search(r"^circle +100 +\d\.\d{4} +(-|\d\.\d{4})$", out, re.MULTILINE)
     assert re.match(r"Test Accuracy Top-5: \d\.\d{4}$", out.splitlines()[-2])
     assert re.match(r"Test Accuracy: \d\.\d{4}$", out.splitlines()[-1])

@@ -95,3 +95,24 @@ def test_a_run_that_is_resumed_in_the_middle_of_its_skipped_steps_counts_on(tiny
     where = dict(FAKE_NPU_OVERFLOW=",".join(str(step) for step in range(3, 21) if step != 18))
     status, lines, error = pretrain(tiny_images, tmp_path / "one", "--device=npu", **where)
     assert status == 0 and lines[-1].endswith("loss scale 1, 17 steps skipped") and (tmp_path / "one" / "f_online_6.h5").exists()
+
+
+@pytest.mark.parametrize("command, flags", [("linearevaluation.py", ["--cached_features"]), ("finetuning.py", [])])
+def test_evaluating_commands_tell_skipped_steps_and_end_without_others(tiny_images, tmp_path, command, flags):
+    """4 steps an epoch, of which the first three overflow; then all, which ends them when 16 have been tried."""
+    def train(**where):
+        start = [sys.executable, "-c", START.replace("pretraining.py", command), *TINY[:4], "--data_dir=%s" % tiny_images,
+                 "--output_dir=%s" % tmp_path, "--encoder_weights=none", "--batch_size=16", "--num_epochs=6", "--device=npu", *flags]
+        return subprocess.run(start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                              env=dict(os.environ, PYTHONPATH=os.pathsep.join([ROOT, FAKE]), PYTHONWARNINGS="ignore", **where))
+
+    done = train(FAKE_NPU_OVERFLOW="1,2,3")
+    assert done.returncode == 0, done.stderr
+    last, = re.findall(r"^\[Epoch 6/6 Batch 4/4\] loss .*$", done.stdout, re.M)
+    assert last.endswith(" s, loss scale 4096, 3 steps skipped") and "Time" not in done.stdout and "Loss" not in done.stdout
+    result = json.loads((tmp_path / ("result_" + command[:-3] + ".json")).read_text())
+    assert (result["skipped"], result["loss_scale"], result["steps"]) == (3, 4096, 24)
+    done = train(FAKE_NPU_OVERFLOW="always")
+    assert done.returncode == 1 and done.stderr == (
+        "%s: The gradients of the last 16 steps, a whole epoch or more, overflowed, so that none of them changed the weights (loss "
+        "scale 1); try a lower --learning_rate, or --precision_mode must_keep_origin_dtype.\n" % command)
