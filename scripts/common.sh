@@ -124,7 +124,6 @@ evaluate_linearly() { # log; print the accuracy of a linear head on the newest w
     alone "$python" "$root/linearevaluation.py" "${forwarded[@]}" "--encoder_weights=$weights" "--output_dir=$run" \
         "--batch_size=${value[batch_size]}" "--num_epochs=${value[eval_epochs]}" 2>&1 | tee "$output/linear.log" >&2 ||
         fail "the linear evaluation failed; its output is in $output/linear.log." $?
-    # Not its losses and times, which ModelZoo's grep would take for the training's.
     grep '^Test Accuracy: ' "$output/linear.log" >>"$1"
     sed -n 's/^Test Accuracy: //p' "$output/linear.log"
 }

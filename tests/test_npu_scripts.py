@@ -33,7 +33,7 @@ if script == "pretraining.py":
     for speed in os.environ.get("SPEEDS", "10.0 100.0 300.0").split():
         print("[Epoch 1/1 Batch 10/97] Loss=1.00723. Time=%.2f, %s images/s, spread 0.07, 0:00:01 left" % (5120 / float(speed), speed))
 else:
-    print("[Epoch 50/50 Batch 97/97] Loss=0.81234. Time=3.00")
+    print("[Epoch 50/50 Batch 97/97] loss 0.81234, 3.00 s")
     print("Test Accuracy: 0.8692")
 """
 
