@@ -22,6 +22,7 @@ import numpy as np
 from absl import logging
 
 import charts
+import classifiers
 import datasets
 import evaluation
 import models
@@ -73,8 +74,8 @@ def finetune(config: Config) -> Dict[str, Any]:
     with device.host():
         batches = datasets.finetuning_batches(images, labels, batch_size, config.seed, 0, last_step, first, rows)
     rate = functools.partial(schedules.cosine, base=config.learning_rate, total_steps=total_steps)
-    classifier = evaluation.Classifier(device, encoder, encoder.features, len(data.class_names), rate,
-                                       config.label_smoothing, frozen=config.freeze)
+    classifier = classifiers.Classifier(device, encoder, encoder.features, len(data.class_names), rate,
+                                        config.label_smoothing, frozen=config.freeze)
     classifier.train(batches, last_step, total_steps, steps_per_epoch, say)
     say("Classifying %d test images..." % len(data.test_images))
     # From scratch, BatchNorm's statistics started from 0 and 1; those of a file are of its training.
@@ -86,10 +87,10 @@ def finetune(config: Config) -> Dict[str, Any]:
                 weights.save_weights(encoder, os.path.join(config.output_dir, "f_finetuned.h5"))
         logits = classifier.logits(evaluation.features(encoder, data.test_images))
     counts = confusion(data.test_labels, logits.argmax(axis=1), len(data.class_names))
-    figures = dict(classifier.figures(), test_accuracy=evaluation.top_k_accuracy(logits, data.test_labels, 1), labels=len(labels),
+    figures = dict(classifier.figures(), test_accuracy=classifiers.top_k_accuracy(logits, data.test_labels, 1), labels=len(labels),
                    steps=last_step, epochs=num_epochs, per_class=per_class(counts, data.class_names), confusion=counts.tolist())
     if len(data.class_names) > 5:
-        figures["test_accuracy_top5"] = evaluation.top_k_accuracy(logits, data.test_labels, 5)
+        figures["test_accuracy_top5"] = classifiers.top_k_accuracy(logits, data.test_labels, 5)
     evaluation.write_result("finetuning", config, device, data, started, figures)
     if device.is_chief:
         say(table(figures["per_class"]))

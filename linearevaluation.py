@@ -18,6 +18,7 @@ import commands
 import numpy as np
 import tensorflow as tf
 
+import classifiers
 import datasets
 import evaluation
 import schedules
@@ -78,15 +79,15 @@ def evaluate(config: Config) -> Dict[str, Any]:
                                                   config.seed, 0, last_step, first, rows)
     rate = functools.partial(schedules.polynomial, base=config.learning_rate, total_steps=total_steps,
                              end=LAST_RATE * config.learning_rate, power=POWER)
-    classifier = evaluation.Classifier(device, None if config.cached_features else encoder, encoder.features,
-                                       len(data.class_names), rate, config.label_smoothing)
+    classifier = classifiers.Classifier(device, None if config.cached_features else encoder, encoder.features,
+                                        len(data.class_names), rate, config.label_smoothing)
     training = time.time()
     classifier.train(batches, last_step, total_steps, steps_per_epoch, say)
     training = time.time() - training
 
     say("Computing the features of %d test images..." % len(data.test_images))
     test = evaluation.features(encoder, data.test_images)
-    figures = dict(classifier.figures(), test_accuracy=evaluation.top_k_accuracy(classifier.logits(test), data.test_labels, 1),
+    figures = dict(classifier.figures(), test_accuracy=classifiers.top_k_accuracy(classifier.logits(test), data.test_labels, 1),
                    steps=last_step, seconds_of_training=training)
     if config.knn:
         figures["knn"] = evaluation.knn_accuracy(plain, data.train_labels, test, data.test_labels, len(data.class_names))

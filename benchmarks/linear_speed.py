@@ -32,6 +32,7 @@ def prepare(settings: Dict[str, Any]) -> Dict[str, Callable[..., Any]]:
 
     import tensorflow as tf
 
+    import classifiers
     import evaluation
     import linearevaluation
     import models
@@ -47,14 +48,14 @@ def prepare(settings: Dict[str, Any]) -> Dict[str, Callable[..., Any]]:
                                      cached_features=True, output_dir=workers.scratch(), quiet=True)
     took = {"head": 0.0}
     evaluation.load_data = lambda *_, **__: data
-    train_head = evaluation.Classifier.train
+    train_head = classifiers.Classifier.train
 
     def timed_train(*args: Any) -> None:
         began = time.perf_counter()
         train_head(*args)
         took["head"] = time.perf_counter() - began
 
-    evaluation.Classifier.train = timed_train  # type: ignore[method-assign]
+    classifiers.Classifier.train = timed_train  # type: ignore[method-assign]
     device, encoder, _ = evaluation.start(config)
 
     @tf.function

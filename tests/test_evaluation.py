@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import classifiers
 import evaluation
 import models
 import npu_config
@@ -122,7 +123,7 @@ def test_knn_of_equal_votes_takes_the_first_class_and_bears_zeros():
 def test_top_k_accuracy():
     logits = np.array([[3., 2, 1], [1, 2, 3], [2, 3, 1]])
     labels = np.array([0, 1, 2])
-    found = [evaluation.top_k_accuracy(logits, labels, k) for k in (1, 2, 3)]
+    found = [classifiers.top_k_accuracy(logits, labels, k) for k in (1, 2, 3)]
     assert found == pytest.approx([1 / 3, 2 / 3, 1])
 
 
@@ -130,8 +131,8 @@ def test_top_k_accuracy():
 
 def make_classifier(device, encoder, rate=0.1, **settings):
     device.set_seed(5)
-    return evaluation.Classifier(device, encoder, 32, 4, lambda t: rate / (1.0 + tf.cast(t, tf.float32)),
-                                 label_smoothing=0.1, **settings)
+    return classifiers.Classifier(device, encoder, 32, 4, lambda t: rate / (1.0 + tf.cast(t, tf.float32)),
+                                  label_smoothing=0.1, **settings)
 
 
 def labelled_batches(steps, batch=8):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from command import run
 
+import classifiers
 import datasets
-import evaluation
 import linearevaluation
 import models
 import npu_config
@@ -65,8 +65,8 @@ def test_as_a_user_runs_it(weights, tmp_path):
 def test_the_protocol_trains_the_head_on_crops_and_leaves_the_encoder(main, monkeypatch, capsys):
     """Fifteen steps of the real loop, and the accuracy worked out anew from what it leaves."""
     made = []
-    classifier = evaluation.Classifier
-    monkeypatch.setattr(evaluation, "Classifier", lambda *a, **k: made.append(classifier(*a, **k)) or made[0])
+    classifier = classifiers.Classifier
+    monkeypatch.setattr(classifiers, "Classifier", lambda *a, **k: made.append(classifier(*a, **k)) or made[0])
     result = main(num_epochs=5)
     assert result["steps"] == 15
     encoder, head = made[0].encoder, made[0].head
@@ -127,9 +127,9 @@ def test_the_head_is_as_good_as_logistic_regression(device):
     features = (centres[labels] + 2 * random.randn(4000, 20)).astype(np.float32)
     batches = linearevaluation.cached_batches([(features[:2000], labels[:2000])], 100, 0, 400, 0, 100)
     rate = functools.partial(schedules.polynomial, base=0.05, total_steps=400, end=5e-4, power=2.0)
-    classifier = evaluation.Classifier(device, None, 20, 5, rate, label_smoothing=0.0)
+    classifier = classifiers.Classifier(device, None, 20, 5, rate, label_smoothing=0.0)
     classifier.train(batches, 400, 400, 20, print)
-    found = evaluation.top_k_accuracy(classifier.logits(features[2000:]), labels[2000:], 1)
+    found = classifiers.top_k_accuracy(classifier.logits(features[2000:]), labels[2000:], 1)
     model = linear_model.LogisticRegression(max_iter=2000).fit(features[:2000], labels[:2000])
     expected = model.score(features[2000:], labels[2000:])
     assert 0.5 < expected < 0.95
@@ -161,7 +161,7 @@ def few(**changes):
     (dict(data=few(class_names=("cat",))), "1 class"),
     (dict(data=few(test_images=np.zeros((0, 32, 32, 3), np.uint8))), "no test images.*test_fraction"),
     (dict(data=None, dataset="folder", data_dir="nowhere"), "nowhere"),
-    (dict(learning_rate=1e38, cached_features=True), "loss is"),
+    (dict(learning_rate=1e38, cached_features=True), "loss of step"),
 ])
 def test_bad_input_is_one_clear_line(main, settings, words):
     with pytest.raises(UserError, match=words) as error:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import tensorflow as tf
 
-import evaluation
+import classifiers
 import models
 import pretraining
 from devices import graph_check
@@ -205,7 +205,7 @@ def test_operators_outside_of_the_list_are_found_in_the_loop_body():
     ("must_keep_origin_dtype", [], False)])
 def test_under_loss_scaling_the_device_must_be_able_to_tell_overflows(mode, listed, problem):
     device = graph_check.device_on_paper(mode, "auto")
-    classifier = evaluation.Classifier(device, None, 3, 2, lambda step: tf.constant(0.1), 0.1)
+    classifier = classifiers.Classifier(device, None, 3, 2, lambda step: tf.constant(0.1), 0.1)
     data = tf.data.Dataset.from_tensors((tf.zeros([8, 3]), tf.zeros([8], tf.int64)))
     function = classifier.train_loop.get_concrete_function(device.iterate(data), tf.constant(2))
     report = graph_check.examine(function, set(graph_check.examine(function).operators) | set(listed))
@@ -240,7 +240,7 @@ def test_the_training_loop_needs_no_operator_that_the_npu_lacked_in_2021(loop):
 def test_the_loop_of_linear_evaluation_and_finetuning_is_taken_whole_too(frozen):
     device = graph_check.device_on_paper(None, "auto")
     encoder = models.ResNet18(1 / 16)
-    classifier = evaluation.Classifier(device, encoder, encoder.features, 10, lambda step: tf.constant(0.1), 0.1, frozen)
+    classifier = classifiers.Classifier(device, encoder, encoder.features, 10, lambda step: tf.constant(0.1), 0.1, frozen)
     data = tf.data.Dataset.from_tensors((tf.zeros([8, 32, 32, 3]), tf.zeros([8], tf.int64)))
     function = classifier.train_loop.get_concrete_function(device.iterate(data), tf.constant(2))
     supported = graph_check.read_operators(OPERATORS) if os.path.exists(OPERATORS) else None
