@@ -34,7 +34,8 @@ class Config(npu_config.Options):
     width_multiplier: float = flag(1.0, "The width that the encoder was made with.", low=1 / 64, high=8)
     stem: Optional[str] = flag(None, "Its first layers: cifar or imagenet. Default: what the weights file has; for random weights "
                                "cifar below 96 pixels, else imagenet.", choices=sorted(models.STEMS))
-    encoder_weights: Optional[str] = flag(None, "A file of pretraining.py's, as f_online_200.h5; none: random ones, to compare with.")
+    encoder_weights: Optional[str] = flag(None, "A file of pretraining.py's, as f_online_200.h5; cifar10-narrow: an encoder that comes with "
+                                          "the program; none: random weights, to compare with.")
     dataset: str = flag("cifar10", "The images. shapes is made by the program and needs no files; folder is "
                         "a folder of images.", choices=datasets.NAMES)
     data_dir: Optional[str] = flag(None, "Where the data set lies: CIFAR's batches folder or .tar.gz, or a "
@@ -58,8 +59,9 @@ def start(config: Config) -> Tuple[Device, Any, Say]:
     commands.check(config)
     logging.set_verbosity(logging.INFO if config.verbose else logging.WARNING)
     if not config.encoder_weights:
-        raise UserError("--encoder_weights is missing: give a file that pretraining.py wrote, such as "
-                        "f_online_200.h5, or none for random weights.")
+        raise UserError("--encoder_weights is missing: give a file that pretraining.py wrote, such as f_online_200.h5, the name of an "
+                        "encoder that comes with the program (%s), or none for random weights." % ", ".join(sorted(weights.SHIPPED)))
+    config = dataclasses.replace(config, **weights.shipped(config.encoder_weights))
     device = npu_config.open_device(config, alone=True)
     device.set_seed(config.seed)
     if device.is_chief:

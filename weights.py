@@ -19,6 +19,8 @@ import models
 from commands import UserError
 from models import NORMALISATIONS, keras
 
+# Encoders that come with the program, as weights/<name>.h5 with a card beside it, and what they are made for.
+SHIPPED = {"cifar10-narrow": {"encoder": "resnet18", "width_multiplier": 0.25}}
 NORMALISATION = "byol_normalisation"  # the attribute of the file that keeps the name, where there is one
 SEAL = b"\nsha256 %s sha256\n"
 SEAL_BYTES = len(SEAL % (b"0" * 64))
@@ -56,7 +58,8 @@ def load_weights(network: Any, path: str) -> None:
     `network` untouched, if the file is not whole, not of this architecture and width, or holds numbers that are not finite.
     """
     if not os.path.isfile(path):
-        raise UserError("There is no weights file %s; pretraining.py writes f_online_<epoch>.h5 into its --output_dir." % path)
+        raise UserError("There is no weights file %s; pretraining.py writes f_online_<epoch>.h5 into its --output_dir, and %s come%s with "
+                        "the program." % (path, ", ".join(sorted(SHIPPED)), "s" if len(SHIPPED) == 1 else ""))
     wanted = _layers((weight.name, (weight.name, weight)) for weight in network.trainable_weights + network.non_trainable_weights)
     try:
         _check_seal(path)
@@ -74,6 +77,17 @@ def load_weights(network: Any, path: str) -> None:
     for weight, _, array in found:
         weight.assign(array)
     network.normalisation = normalisation
+
+
+def shipped(name: str) -> Dict[str, Any]:
+    """For the name of an encoder that comes with the program: its file, as encoder_weights, encoder and width_multiplier.
+
+    For anything else, nothing; a file of the user's own that has such a name goes before.
+    """
+    if name not in SHIPPED or os.path.exists(name):
+        return {}
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
+    return dict(SHIPPED[name], encoder_weights=os.path.join(folder, name + ".h5"))
 
 
 def stem_of(path: str) -> Optional[str]:
