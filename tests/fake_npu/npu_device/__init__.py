@@ -33,10 +33,15 @@ from tensorflow.python.framework import ops
 
 try:
     from tensorflow.python.eager.polymorphic_function import polymorphic_function as def_function
+except ImportError:
+    from tensorflow.python.eager import def_function
+try:
     from tf_keras.src.mixed_precision.loss_scale_optimizer import LossScaleOptimizer
 except ImportError:
-    from tensorflow.keras.mixed_precision import LossScaleOptimizer
-    from tensorflow.python.eager import def_function
+    try:  # Keras 2.13; the public name is of a class that cannot be built upon
+        from keras.src.mixed_precision.loss_scale_optimizer import LossScaleOptimizer
+    except ImportError:
+        from tensorflow.keras.mixed_precision import LossScaleOptimizer
 
 NPU = "/job:localhost/replica:0/task:0/device:NPU:"
 HCCL_TYPES = ("int8", "int32", "float16", "float32")
