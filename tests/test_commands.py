@@ -2,6 +2,7 @@
 import dataclasses
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -117,3 +118,13 @@ def test_flags_of_the_npu_are_at_the_end_of_the_help():
     for name in ("fusion_off_file", "mixlist_file", "hcom_parallel", "over_dump_path", "data_dump_step", "profiling"):
         assert name in npu and name not in common, name
     assert "--target_momentum" in common and "--target_momentum" not in npu
+
+
+@pytest.mark.parametrize("command", ["linearevaluation.py", "finetuning.py", "embed.py"])
+def test_verbose_shows_what_tensorflow_says(command, tmp_path):
+    done = subprocess.run([sys.executable, "-B", os.path.join(ROOT, command), "--verbose", "--device=cpu",
+                           "--encoder_weights=/nowhere", "--output_dir=%s" % tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                          env={name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"})
+    *others, last = done.stderr.splitlines()
+    assert done.returncode == 1 and last.startswith(command + ": ") and "/nowhere" in last
+    assert any(re.match(r"[IW]\d{4} |\d{4}-\d\d-\d\d .*: [IW] ", line) for line in others)

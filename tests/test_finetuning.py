@@ -159,3 +159,10 @@ def test_ctrl_c_ends_it_silently(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=100)[1] == ""
     assert process.returncode == -signal.SIGINT and not list(tmp_path.iterdir())
+
+
+def test_smoothed_labels_leave_at_least_their_entropy(main):
+    """Of two classes, smoothed by a half: targets of 3/4 and 1/4."""
+    entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+    smoothed, plain = (main(num_epochs=40, freeze=True, learning_rate=0.1, label_smoothing=part)["loss"] for part in (0.5, 0))
+    assert smoothed > entropy - 1e-6 and plain < entropy

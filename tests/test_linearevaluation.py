@@ -167,3 +167,10 @@ def test_bad_input_is_one_clear_line(main, settings, words):
     with pytest.raises(UserError, match=words) as error:
         main(**settings)
     assert "\n" not in str(error.value)
+
+
+def test_the_part_of_a_folder_that_is_kept_for_testing(tmp_path, tiny_images):
+    config = linearevaluation.Config(dataset="folder", data_dir=str(tiny_images / "train"), image_size=8, test_fraction=0.25,
+                                     output_dir=str(tmp_path))
+    data = evaluation.load_data(config)
+    assert (len(data.train_images), len(data.test_images)) == (48, 16)

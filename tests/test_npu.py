@@ -76,6 +76,9 @@ def test_the_flags_of_modelzoo_reach_the_adapter(monkeypatch, tmp_path):
         "modify_mixlist": str(tmp_path / "ops_info.json"), "fusion_switch_file": str(tmp_path / "fusion_switch.cfg"),
         "enable_dump": True, "dump_path": str(tmp_path / "data_dump"), "dump_step": "0|5", "dump_mode": "all"}
     assert options_set(monkeypatch, over_dump=True, over_dump_path="new/folder")["dump_path"] == str(tmp_path / "new" / "folder")
+    assert options_set(monkeypatch, data_dump_flag=True, data_dump_path="a/b")["dump_path"] == str(tmp_path / "a" / "b")
+    profile = json.loads(options_set(monkeypatch, profiling=True, profiling_dump_path="c/d")["profiling_options"])
+    assert profile["output"] == str(tmp_path / "c" / "d")
     assert (tmp_path / "new" / "folder").is_dir()  # _read_options would have refused as well
 
 
