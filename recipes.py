@@ -15,13 +15,19 @@ from models import NORMALISATIONS
 # ModelZoo's README: the reference's settings, but for the cosine schedule and the weight decay.
 MODELZOO = {
     "crop": "reference", "min_area": 0.08, "flip_probability": 0.25, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1,
-    "brightness_multiplies": False, "grey_probability": 0.2, "solarize_probability": 0.0, "num_views": 2,
+    "brightness_multiplies": False, "grey_probability": 0.2, "solarize_probability": 0.0, "blur_probability": 0.0,
+    "blur_probability_second": 0.0, "color_order": "fixed", "num_views": 2,
     "normalise": "none", "head_hidden": 256, "head_features": 128,
     "optimizer": "adam", "learning_rate": 1e-3, "lr_schedule": "cosine", "warmup_epochs": 0, "momentum": 0.9, "weight_decay": 1e-4,
     "trust_coefficient": 1e-3, "target_momentum": 0.99, "target_momentum_schedule": "constant"}  # type: Dict[str, Any]
 RECIPES = {
     "modelzoo": MODELZOO,
     "reference": dict(MODELZOO, lr_schedule="constant", weight_decay=0.0),  # byol-tensorflow2
+    # arXiv:2006.07733, its appendices on implementation and augmentations, for 1,000 epochs; the rate is 0.2 for a batch of 256.
+    "paper": dict(MODELZOO, crop="area", flip_probability=0.5, saturation=0.2, color_order="random", blur_probability=1.0,
+                  blur_probability_second=0.1, solarize_probability=0.2, normalise="imagenet", head_hidden=4096, head_features=256,
+                  optimizer="lars", learning_rate=0.4, warmup_epochs=10, weight_decay=1.5e-6, target_momentum=0.996,
+                  target_momentum_schedule="cosine"),
 }
 
 
@@ -29,7 +35,8 @@ RECIPES = {
 class Recipe:
     """The settings that a recipe fixes: those that are None are taken from the recipe when the object is made."""
     recipe: str = flag("modelzoo", "Sets the defaults of the flags for views, heads, optimiser and schedules. modelzoo: as "
-                       "ModelZoo's README; reference: as byol-tensorflow2, constant rate, no decay.", choices=sorted(RECIPES))
+                       "ModelZoo's README; reference: as byol-tensorflow2, constant rate, no decay; "
+                       "paper: BYOL as published.", choices=sorted(RECIPES))
     crop: str = flag(None, "Rectangles of a view: reference (sides of 13 to 32 of 32 pixels, byol-tensorflow2), or area (part of the "
                      "image and aspect ratio, as the paper and torchvision).", choices=("reference", "area"))
     min_area: float = flag(None, "The smallest part of the image with --crop area (paper: 0.08).", low=0.001, high=1)
@@ -42,10 +49,14 @@ class Recipe:
     grey_probability: float = flag(None, "Of turning a view grey (all: 0.2).", low=0, high=1)
     solarize_probability: float = flag(None, "Of inverting what is brighter than a half, in the second view (paper: 0.2).", low=0,
                                        high=1)
+    blur_probability: float = flag(None, "Of a Gaussian blur in the first view (paper: 1).", low=0, high=1)
+    blur_probability_second: float = flag(None, "Of a Gaussian blur in the second view (paper: 0.1).", low=0, high=1)
+    color_order: str = flag(None, "Of brightness, contrast, saturation and hue: fixed (byol-tensorflow2), or random for each image, "
+                            "with a clip after each (paper).", choices=("fixed", "random"))
     num_views: int = flag(None, "Views of each image in a step. BYOL: 2; with more, the target of each is the mean of the others "
                           "(FastSiam: 4).", low=2, high=16)
-    normalise: str = flag(None, "Subtract this data set's mean from the images and divide by its deviation, in the encoder; weight "
-                          "files keep that (paper: imagenet; Lightly, solo-learn: cifar10).", choices=sorted(NORMALISATIONS))
+    normalise: str = flag(None, "Subtract this data set's mean from the images and divide by its deviation, in the encoder; its "
+                          "weight files keep that (paper: imagenet; Lightly, solo-learn: cifar10).", choices=sorted(NORMALISATIONS))
     head_hidden: int = flag(None, "Hidden size of projector and predictor (byol-tensorflow2: 256; Lightly: 1024; paper: 4096).", low=1,
                             high=65536)
     head_features: int = flag(None, "Output size of projector and predictor (byol-tensorflow2: 128; paper: 256).", low=1, high=65536)
@@ -76,4 +87,5 @@ class Recipe:
         return Views(crop=self.crop, min_area=self.min_area, flip=self.flip_probability, brightness=self.brightness,
                      contrast=self.contrast, saturation=self.saturation, hue=self.hue,
                      brightness_multiplies=self.brightness_multiplies, grey=self.grey_probability,
-                     solarise=(0.0, self.solarize_probability))
+                     solarise=(0.0, self.solarize_probability),
+                     blur=(self.blur_probability, self.blur_probability_second), colour_order=self.color_order)

@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 import augmentation
+import transforms
 
 MANY = 200000
 
@@ -426,8 +427,8 @@ def test_what_is_applied_is_compiled_by_xla():
     images = tf.constant(random_images(4))
     drawn = augmentation.sample_crops(4, (0, 0)) + augmentation.sample_colors(4, (0, 0))
     for function, arguments, settings in [
-            (augmentation._compiled_augment, drawn, {}), (augmentation._compiled_crop_flip_resize, drawn[:5], {}),
-            (augmentation._compiled_augment, drawn, dict(solarise=drawn[4], multiplies=True))]:
+            (transforms._compiled_augment, drawn, {}), (transforms._compiled_crop_flip_resize, drawn[:5], {}),
+            (transforms._compiled_augment, drawn, dict(solarise=drawn[4], multiplies=True))]:
         assert function.get_concrete_function(images, *arguments, **settings).function_def.attr["_XlaMustCompile"].b
 
 
@@ -510,8 +511,8 @@ def test_amounts_and_rates_are_those_of_the_views():
 def test_later_parameters_depend_on_no_other():
     drawn = augmentation._uniform([MANY], (11, 7), augmentation.STREAMS)
     correlation = np.corrcoef([drawn[name] for name in augmentation.STREAMS])
-    assert len(set(augmentation.STREAMS)) == len(augmentation.STREAMS) == 15
-    assert np.abs(correlation - np.eye(15)).max() < 6 / np.sqrt(MANY)
+    assert len(set(augmentation.STREAMS)) == len(augmentation.STREAMS) == 18
+    assert np.abs(correlation - np.eye(18)).max() < 6 / np.sqrt(MANY)
 
 
 def test_brightness_that_multiplies_equals_each_image_times_its_factor():
@@ -553,3 +554,78 @@ def test_views_are_immutable_and_can_be_keys():
 def test_views_that_cannot_be_are_refused(wrong):
     with pytest.raises(ValueError, match="%s=" % list(wrong)[0]):
         augmentation.Views(**wrong)
+
+
+# The paper's views.
+
+
+PAPER = augmentation.Views(crop="area", flip=0.5, saturation=0.2, solarise=(0.0, 0.2), blur=(1.0, 0.1), colour_order="random")
+
+
+def distort_in_order(image, amounts, keys):
+    """tf.image's adjustments of one image in the order of the keys, clipped to [0, 1] after each."""
+    adjust = (tf.image.adjust_brightness, tf.image.adjust_contrast, tf.image.adjust_saturation, tf.image.adjust_hue)
+    for number in np.argsort(keys):
+        if number == 2:  # see distort_one_by_one
+            red, green, blue = np.moveaxis(np.asarray(image), -1, 0)
+            slip = (red >= blue) & (blue > green) & (blue - green < 1e-6 * (red - green))
+            image = np.stack([red, np.where(slip, blue, green), blue], -1)
+        image = tf.clip_by_value(adjust[number](image, amounts[number]), 0., 1.)
+    return image.numpy()
+
+
+def blur_one(image, deviation):
+    """A depthwise convolution along each axis, zeros beyond the edges."""
+    radius = int(len(image) / 20)
+    taps = np.exp(-np.arange(-radius, radius + 1) ** 2 / (2 * float(deviation) ** 2)) if deviation else np.ones(1)
+    taps = np.tile((taps / taps.sum())[:, None], (1, 3)).astype(np.float32)
+    for kernel in (taps[:, None, :, None], taps[None, :, :, None]):
+        image = tf.nn.depthwise_conv2d(image[None], kernel, [1, 1, 1, 1], "SAME")[0]
+    return image.numpy()
+
+
+def test_distortions_in_random_order_equal_tf_image():
+    images = random_images(192, 16, 16, seed=5).astype(np.float32) / np.float32(255)
+    colors, order = augmentation.sample_colors(192, (3, 5), PAPER)[:4], augmentation.sample_order(192, (3, 5)).numpy()
+    assert len({tuple(np.argsort(keys)) for keys in order}) == 24  # all orders were compared
+    expected = np.stack([distort_in_order(image, [float(c[i]) for c in colors], order[i]) for i, image in enumerate(images)])
+    assert_close(augmentation.distort_colors(images, *colors, order=order), expected, 1e-5)
+
+
+@pytest.mark.parametrize("size", [16, 32, 96, 224])
+def test_blur_equals_a_convolution_of_each_image(size):
+    images = random_images(6, size, size).astype(np.float32) / np.float32(255)
+    deviation = np.array([0, 0.1, 0.5, 1, 1.7, 2], np.float32)
+    assert_close(transforms.blur(images, deviation), np.stack(list(map(blur_one, images, deviation))), 1e-5)
+
+
+def test_orders_and_blurs_have_the_distribution():
+    order = np.argsort(augmentation.sample_order(MANY, (11, 7)), axis=1)
+    assert_counts(order @ [64, 16, 4, 1], 0, [len(set(np.base_repr(i + 256, 4)[1:])) == 4 for i in range(256)])
+    for view, rate in ((0, 1.0), (1, 0.1), (3, 0.1)):
+        drawn = augmentation.sample_blur(MANY, (11, 7), PAPER, view).numpy()
+        assert np.all(drawn > 0) if rate == 1 else abs(np.mean(drawn > 0) - rate) < 5 * np.sqrt(rate * (1 - rate) / MANY)
+        assert_uniform(drawn[drawn > 0], 0.1, 2.0)
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_the_papers_views_are_the_draws_applied_image_by_image(view):
+    """From images of 48 pixels to views of 40."""
+    images, views = random_images(96, 48, 48, seed=3), dataclasses.replace(PAPER, size=40)
+    crops, colors = augmentation.sample_crops(96, (4, 2), 48, views), augmentation.sample_colors(96, (4, 2), views)
+    order, deviation = augmentation.sample_order(96, (4, 2)).numpy(), augmentation.sample_blur(96, (4, 2), views, view).numpy()
+    solarise = augmentation.sample_solarise(96, (4, 2), views, view).numpy()
+    expected = []
+    for i, image in enumerate(images):
+        top, left, height, width, flip = (int(x[i]) for x in crops)
+        x = tf.image.convert_image_dtype(image[top:top + height, left:left + width], tf.float32)
+        x = tf.image.resize(x[:, ::-1] if flip else x, (40, 40)).numpy()
+        x = distort_in_order(x, [float(c[i]) for c in colors[:4]], order[i]) if colors.distort[i] else x
+        x = np.repeat(x @ np.array([[0.2989], [0.5870], [0.1140]], np.float32), 3, axis=2) if colors.grey[i] else x
+        x = blur_one(x, deviation[i])
+        expected.append(np.where(x >= 0.5, 1 - x, x) if solarise[i] else x)
+    found = augmentation.augment_images_pretraining(images, (4, 2), views=views, view=view).numpy()
+    assert found.shape == (96, 40, 40, 3) and (solarise.any() == (view == 1))
+    apart = np.abs(found - expected)
+    near = np.abs(np.stack(expected) - 0.5) < 1e-4  # where rounding may decide what is solarised
+    assert apart[~near].max() <= 1e-4 and near.mean() < 1e-3

@@ -11,12 +11,14 @@ import evaluation
 import npu_config
 import pretraining
 import recipes
+import schedules
 from augmentation import Views
 from commands import UserError
 from devices import graph_check
 
 EVERYTHING = dict(crop="area", min_area=0.2, flip_probability=0.5, brightness=0.3, contrast=0.3, saturation=0.2, hue=0.05,
-                  brightness_multiplies=True, grey_probability=0.1, solarize_probability=0.2, num_views=3,
+                  brightness_multiplies=True, grey_probability=0.1, solarize_probability=0.2, blur_probability=0.9,
+                  blur_probability_second=0.2, color_order="random", num_views=3,
                   normalise="cifar10", head_hidden=64, head_features=32,
                   optimizer="lars", learning_rate=0.1, lr_schedule="constant", warmup_epochs=1, momentum=0.8, weight_decay=1e-5,
                   trust_coefficient=0.02, target_momentum=0.97, target_momentum_schedule="cosine")
@@ -42,7 +44,7 @@ def test_what_is_given_wins():
     assert (config.lr_schedule, config.weight_decay, config.learning_rate) == ("constant", 0.5, 1e-3)
     assert dataclasses.replace(config, batch_size=4).weight_decay == 0.5
     assert pretraining.Config(recipe="reference", lr_schedule="cosine").lr_schedule == "cosine"
-    with pytest.raises(UserError, match="--recipe is 'imagenet'; give one of modelzoo, reference"):
+    with pytest.raises(UserError, match="--recipe is 'imagenet'; give one of modelzoo, paper, reference"):
         pretraining.Config(recipe="imagenet")
 
 
@@ -107,3 +109,15 @@ def test_the_encoder_that_was_trained_normalised_is_evaluated_so(tmp_path):
     accuracy = evaluation.knn_accuracy(train["features"], train["labels"], test["features"], test["labels"],
                                        len(content["class_names"]))
     assert accuracy == pytest.approx(knn, abs=0.002)
+
+
+def test_the_papers_constants():
+    """Of arXiv:2006.07733; the rate of 0.2 for a batch of 256 is 3.2 for the paper's 4,096."""
+    config = pretraining.Config(recipe="paper", batch_size=4096)
+    assert schedules.scaled_learning_rate(config.learning_rate, config.batch_size) == pytest.approx(0.2 * 4096 / 256)
+    assert (config.optimizer, config.momentum, config.weight_decay, config.trust_coefficient) == ("lars", 0.9, 1.5e-6, 1e-3)
+    assert (config.lr_schedule, config.warmup_epochs, config.target_momentum, config.target_momentum_schedule) == (
+        "cosine", 10, 0.996, "cosine")
+    assert (config.head_hidden, config.head_features, config.normalise, config.num_views) == (4096, 256, "imagenet", 2)
+    assert config.views() == Views(crop="area", min_area=0.08, flip=0.5, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1,
+                                   distort=0.8, grey=0.2, solarise=(0.0, 0.2), blur=(1.0, 0.1), colour_order="random")
