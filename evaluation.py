@@ -34,7 +34,7 @@ class Config(npu_config.Options):
     width_multiplier: float = flag(1.0, "The width that the encoder was made with.", low=1 / 64, high=8)
     stem: Optional[str] = flag(None, "Its first layers: cifar or imagenet. Default: what the weights file has; for random weights "
                                "cifar below 96 pixels, else imagenet.", choices=sorted(models.STEMS))
-    encoder_weights: Optional[str] = flag(None, "A file of pretraining.py's, as f_online_200.h5; cifar10-narrow: an encoder that comes with "
+    encoder_weights: Optional[str] = flag(None, "A file of pretraining.py's, as f_online_200.h5; cifar10-narrow: one that comes with "
                                           "the program; none: random weights, to compare with.")
     dataset: str = flag("cifar10", "The images. shapes is made by the program and needs no files; folder is "
                         "a folder of images.", choices=datasets.NAMES)

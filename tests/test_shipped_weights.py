@@ -1,4 +1,4 @@
-"""The encoders that come with the program: each loads by its name, gives the features that it gave when it was stored, and has a card."""
+"""The encoders that come with the program: each loads by its name, gives the features that it gave when stored, and has a card."""
 import json
 import os
 import zlib
