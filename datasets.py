@@ -6,19 +6,18 @@ with the batches that it would have had, and any number of workers can share a b
 Random numbers: [seed, step] gives the seeds of a step's views, [seed, -1 - epoch] an epoch's order. Steps are never negative, so no
 two draws share a stream.
 """
-from typing import Any, Callable, NamedTuple, Optional, Tuple
+from typing import Any, Callable, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import tensorflow as tf
 
 import augmentation
 from commands import UserError
-from sources import cifar, folders, image_files, shapes
-from sources.folders import Images
+from sources import cifar, folders, image_files, mapped, shapes, store
 
 NAMES = ("cifar10", "cifar100", "shapes", "folder")
 SHAPES_TRAIN, SHAPES_TEST = 5000, 1000
-MEMORY_LIMIT = 2 << 30  # bytes of training or test images of a folder, beyond which they are kept on disk
+Images = Union[np.ndarray, mapped.Images]
 
 
 class Data(NamedTuple):
@@ -34,15 +33,15 @@ class Data(NamedTuple):
 
 def load(name: str, data_dir: Optional[str] = None, image_size: int = 32, test_fraction: float = 0.1,
          seed: int = 0, train_size: Optional[int] = None, test_size: Optional[int] = None,
-         memory_limit: int = MEMORY_LIMIT, cache_dir: Optional[str] = None) -> Data:
+         cache_dir: Optional[str] = None, say: Optional[store.Say] = None) -> Data:
     """Load the data set `name`, one of NAMES.
 
     data_dir: for CIFAR see `cifar.read`, for a folder of images `folders.read`; shapes need none. image_size: to which a folder's
     images are brought, and at which shapes are drawn; CIFAR's are 32 x 32. test_fraction: what is set aside of a folder without train/
     and test/. seed: of the shapes, modulo 2^32; runs that are to be compared need the same one. train_size, test_size: how many shapes
-    to draw (default 5,000 and 1,000); of other data sets, how many images to take, evenly spread (default all). memory_limit,
-    cache_dir: a folder's images are kept in a temporary file in cache_dir (default: the system's folder for such files) where they
-    have more bytes than this. Raises UserError for what is not there, is damaged or does not fit together.
+    to draw (default 5,000 and 1,000); of other data sets, how many images to take, evenly spread (default all). cache_dir:
+    where a folder's images are kept decoded, one store for each folder and size (default: `store.default_folder()`). say: prints a
+    line about that; without it nothing is printed. Raises UserError for what is not there, is damaged or does not fit together.
     """
     if name not in NAMES:
         raise UserError("There is no data set %r; choose one of %s." % (name, ", ".join(NAMES)))
@@ -54,7 +53,7 @@ def load(name: str, data_dir: Optional[str] = None, image_size: int = 32, test_f
     if name == "folder":
         if not data_dir:
             raise UserError("--dataset folder needs --data_dir, the folder of images.")
-        data = Data(*folders.read(data_dir, image_size, test_fraction, memory_limit, cache_dir))
+        data = Data(*folders.read(data_dir, image_size, test_fraction, cache_dir, say))
     else:
         if image_size != cifar.IMAGE_SIZE:
             raise UserError("The images of %s have 32 x 32 pixels, not --image_size %d." % (name, image_size))
@@ -74,7 +73,7 @@ def _spread(images: Images, labels: Optional[np.ndarray], files: Tuple[str, ...]
         raise UserError("%d %s images were asked for, but the data set has %d." % (size, what, len(images)))
     chosen = np.arange(size) * len(images) // size
     chosen_files = tuple(files[i] for i in chosen) if files else ()
-    return images[chosen], None if labels is None else labels[chosen], chosen_files
+    return images.take(chosen, axis=0), None if labels is None else labels[chosen], chosen_files
 
 
 def pretraining_batches(images: Any, batch_size: int, seed: int, first_step: int, last_step: int, first: int = 0,
@@ -88,11 +87,11 @@ def pretraining_batches(images: Any, batch_size: int, seed: int, first_step: int
     views, number_of_views: how they are made, and how many, at least 2. The first two are the same whatever the number. Raises
     UserError if the batch is larger than the data set, ValueError if the rows are not within it.
     """
-    pixels = _on_host(images)
+    gather = _gather(images)
     rows = batch_size - first if rows is None else rows
 
     def make(step: tf.Tensor, indices: tf.Tensor) -> Tuple[tf.Tensor, ...]:
-        batch, seeds = tf.gather(pixels, indices), _seeds(seed, step, number_of_views)
+        batch, seeds = gather(indices), _seeds(seed, step, number_of_views)
         return tuple(augmentation.augment_images_pretraining(batch, seeds[view], first, batch_size, views, view)
                      for view in range(number_of_views))
 
@@ -105,11 +104,11 @@ def finetuning_batches(images: Any, labels: Optional[np.ndarray], batch_size: in
     if labels is None:
         raise UserError("The data set has no labels, and only pretraining does without; put the images into "
                         "class folders.")
-    pixels, classes = _on_host(images), _on_host(labels)
+    gather, classes = _gather(images), _on_host(labels)
     rows = batch_size - first if rows is None else rows
 
     def view(step: tf.Tensor, indices: tf.Tensor) -> Tuple[tf.Tensor, tf.Tensor]:
-        batch, seeds = tf.gather(pixels, indices), _seeds(seed, step)
+        batch, seeds = gather(indices), _seeds(seed, step)
         return (augmentation.augment_images_finetuning(batch, seeds[0], first, batch_size), tf.gather(classes, indices))
 
     return _batches(view, len(images), batch_size, seed, first_step, last_step, first, rows)
@@ -119,9 +118,18 @@ def evaluation_batches(images: Any, batch_size: int) -> tf.data.Dataset:
     """All images in their order, as float32 (b, s, s, 3) in [0, 1]. The last batch may be smaller."""
     if batch_size < 1:
         raise UserError("The batch size is %d; it must be at least 1." % batch_size)
-    pixels = _on_host(images)
+    gather = _gather(images)
     indices = tf.data.Dataset.range(len(images)).batch(batch_size)
-    return _map(indices, lambda i: tf.cast(tf.gather(pixels, i), tf.float32) / 255).prefetch(2)
+    return _map(indices, lambda i: tf.cast(gather(i), tf.float32) / 255).prefetch(2)
+
+
+def _gather(images: Images) -> Callable[[tf.Tensor], tf.Tensor]:
+    """A function of indices (b,) that reads these images, uint8 (b, s, s, 3), and no others."""
+    if isinstance(images, mapped.Images):
+        pixels, rows = _on_host(images.pixels), _on_host(images.rows)
+        return lambda indices: tf.gather(pixels, tf.gather(rows, indices))
+    tensor = _on_host(images)
+    return lambda indices: tf.gather(tensor, indices)
 
 
 def _on_host(array: Any) -> tf.Tensor:
@@ -130,8 +138,6 @@ def _on_host(array: Any) -> tf.Tensor:
     It shares the array's memory where that is such as `image_files.empty` gives, which must not change any more then.
     """
     with tf.device("CPU:0"):
-        if isinstance(array, folders.ImagesOnDisk):
-            return array.tensor()
         usable = array.size and array.flags.c_contiguous and array.flags.writeable
         if usable and array.ctypes.data % image_files.ALIGNMENT == 0 and hasattr(array, "__dlpack__"):
             return tf.experimental.dlpack.from_dlpack(array.__dlpack__())

@@ -42,6 +42,7 @@ class Config(npu_config.Options):
                                    "folder of images.", alias="data_path")
     image_size: int = flag(32, "Height and width of the images (reference: 32).", low=8, high=1024)
     test_fraction: float = flag(0.1, "Of a folder without train/ and test/: the part kept for testing.", low=0, high=0.9)
+    cache_dir: Optional[str] = flag(None, "Where a folder's images are kept decoded, for every later start (default: ~/.cache/byol).")
     output_dir: str = flag(".", "Where results go.", alias="model_dir")
     seed: int = flag(0, "Of random weights, order and crops: the same seed gives the same result.", low=0, high=2 ** 31 - 1)
     quiet: bool = flag(False, "Print the result, warnings and errors only.")
@@ -81,13 +82,14 @@ def start(config: Config) -> Tuple[Device, Any, Say]:
     return device, encoder, say
 
 
-def load_data(config: Config, labelled: bool = True) -> Any:
+def load_data(config: Config, labelled: bool = True, say: Optional[Say] = None) -> Any:
     """The data set that the flags name, a datasets.Data. UserError if it is not to be had.
 
-    labelled: UserError also if it has not the labels, classes and test images that a classifier needs.
+    say: prints a line about decoded images. labelled: UserError also if it has not the labels, classes and test images that a
+    classifier needs.
     """
     data = datasets.load(config.dataset, config.data_dir, image_size=config.image_size,
-                         test_fraction=config.test_fraction, cache_dir=config.output_dir)
+                         test_fraction=config.test_fraction, cache_dir=config.cache_dir, say=say)
     where = "The data set %s%s" % (config.dataset, " in %s" % config.data_dir if config.data_dir else "")
     if labelled and data.train_labels is None:
         raise UserError("%s has no labels; put its images into one folder for each class, as in DIR/cat/1.jpg." % where)

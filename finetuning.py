@@ -58,11 +58,11 @@ def finetune(config: Config) -> Dict[str, Any]:
     """
     started = time.time()
     device, encoder, say = evaluation.start(config)
-    data = evaluation.load_data(config)
+    data = evaluation.load_data(config, say=None if config.quiet or not device.is_chief else say)
     images, labels = data.train_images, data.train_labels
     if config.label_fraction < 1:
         chosen = choose(labels, config.label_fraction, config.seed)
-        images, labels = images[chosen], labels[chosen]
+        images, labels = images.take(chosen, axis=0), labels[chosen]
     say("Training on %d of %d labelled images of %d classes." % (len(labels), len(data.train_labels), len(data.class_names)))
 
     batch_size = evaluation.batch_size_for(config.batch_size, len(labels), device, say)

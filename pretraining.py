@@ -50,6 +50,7 @@ class Config(recipes.Recipe, npu_config.Options):
                                    alias="data_path")
     image_size: int = flag(32, "Height and width of the images (reference: 32).", low=8, high=1024)
     test_fraction: float = flag(0.1, "Of a folder without train/ and test/: the part kept for testing.", low=0, high=0.9)
+    cache_dir: Optional[str] = flag(None, "Where a folder's images are kept decoded, for every later start (default: ~/.cache/byol).")
     output_dir: str = flag(".", "Where results go.", alias="model_dir")
     num_epochs: int = flag(200, "Epochs to train (ModelZoo README: 200).", low=1)
     batch_size: int = flag(512, "Images a step, over all devices (reference: 512).", low=2)
@@ -193,7 +194,7 @@ def train(config: Config) -> runs.Result:
     with runs.folder(config.output_dir, device), progress.Progress(device.is_chief and not config.quiet) as shown, device.together():
         shown.wait("Reading the data set")
         data = datasets.load(config.dataset, config.data_dir, image_size=config.image_size, test_fraction=config.test_fraction,
-                             cache_dir=config.output_dir)
+                             cache_dir=config.cache_dir, say=shown.say if device.is_chief and not config.quiet else None)
         run = runs.Run(config, device, data, shown)
         run.agree()
         shown.wait("Making the networks")

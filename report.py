@@ -60,10 +60,10 @@ def _encoder(name: str, width: float, stem: str) -> Any:
     return models.ENCODERS[name](width, stem=stem)
 
 
-def neighbours(run: Run, searched: int, cache_dir: str = ".") -> np.ndarray:
+def neighbours(run: Run, searched: int) -> np.ndarray:
     """A picture: test images, and below each the training images with the most similar features.
 
-    cache_dir: where images are kept that do not fit into memory. UserError if weights or data are not to be had.
+    UserError if weights or data are not to be had.
     """
     import evaluation
     import npu_config
@@ -73,7 +73,7 @@ def neighbours(run: Run, searched: int, cache_dir: str = ".") -> np.ndarray:
     if path is None:
         raise UserError("the run has saved no weights yet.")
     names = ("encoder", "width_multiplier", "dataset", "data_dir", "image_size", "test_fraction")
-    config = evaluation.Config(device="cpu", output_dir=cache_dir, **{name: run.config[name] for name in names})
+    config = evaluation.Config(device="cpu", cache_dir=run.config.get("cache_dir"), **{name: run.config[name] for name in names})
     commands.check(config)
     npu_config.open_device(config, alone=True)
     data = evaluation.load_data(config, labelled=False)
@@ -94,10 +94,10 @@ def neighbours(run: Run, searched: int, cache_dir: str = ".") -> np.ndarray:
     return progress.sheet([queries] + [images[row] for row in nearest], list(frames))
 
 
-def similar(run: Run, searched: int, cache_dir: str) -> Shown:
+def similar(run: Run, searched: int) -> Shown:
     """The picture of the neighbours, or why there is none: whatever it is, the rest of the page is worth having."""
     try:
-        return SIMILAR % os.path.basename(run.weights() or ""), progress.encode_png(neighbours(run, searched, cache_dir))
+        return SIMILAR % os.path.basename(run.weights() or ""), progress.encode_png(neighbours(run, searched))
     except UserError as error:
         return "", str(error)
     except Exception as error:  # settings of wrong types or missing, a network or images too large for the memory
@@ -218,7 +218,7 @@ def write(folders: Sequence[str], output: Optional[str] = None, searched: int = 
             run.name = run.folder
     output = output or os.path.join(folders[0], "report.html")
     folder = commands.make_folder(os.path.dirname(os.path.abspath(output)))
-    alike = [(run, similar(run, searched, folder)) for run in runs if searched]
+    alike = [(run, similar(run, searched)) for run in runs if searched]
     pictures = [("Most similar images", alike)]
     for name, heading in (("projection.png", "Map of the features"),
                           ("confusion_matrix.png", "Which class was taken for which, after fine-tuning"),

@@ -7,57 +7,21 @@
 """
 import hashlib
 import os
-import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
 from commands import UserError
-from sources import image_files
+from sources import image_files, mapped, store
 
 THREADS = min(8, os.cpu_count() or 1)  # eight images of the largest size take up to 8 GB
 NAMES_SHOWN = 5  # of skipped files, in the warning
-OPEN_FILES = ("/proc/self/fd", "/dev/fd")  # where a process can open a file that has no name by its number
-
-
-class ImagesOnDisk:
-    """Decoded images, uint8 (n, s, s, 3), in a raw temporary file, for what does not fit into memory.
-
-    len() counts them; an index, a slice or an array of indices reads them as an array; `tensor()` maps them. The file has no name
-    where the system allows it, so that its room is free again however the process ends.
-    """
-    dtype = np.dtype(np.uint8)
-
-    def __init__(self, decoded: Iterator[np.ndarray], image_size: int, cache_dir: Optional[str]) -> None:
-        opened = next((folder for folder in OPEN_FILES if os.path.isdir(folder)), None)
-        kind: Any = tempfile.TemporaryFile if opened else tempfile.NamedTemporaryFile
-        self._file = kind(prefix="images-", dir=cache_dir)
-        self.path: str = os.path.join(opened, str(self._file.fileno())) if opened else self._file.name
-        # Written, not assigned to a memory map, in which a full disk ends the process with a signal.
-        for image in decoded:
-            self._file.write(image.tobytes())
-        self._file.flush()
-        number = self._file.tell() // (3 * image_size ** 2)
-        self.shape = (number, image_size, image_size, 3)
-        self._array = np.zeros(self.shape, np.uint8)  # an empty file cannot be mapped
-        if number:
-            self._array = np.memmap(self.path, np.uint8, "r", shape=self.shape)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        return np.array(self._array[index])
-
-    def tensor(self) -> tf.Tensor:
-        """All images as one tensor that TensorFlow reads from the disk as it needs them."""
-        return tf.raw_ops.ImmutableConst(dtype=tf.uint8, shape=self.shape, memory_region_name=os.fsencode(self.path))
-
-
-Images = Union[np.ndarray, ImagesOnDisk]
+WAITING = 128 << 20  # bytes of decoded images that may wait in memory
+TICK = 20000000  # nanoseconds within which a file can change twice and keep its time
 
 
 class Listing(NamedTuple):
@@ -66,29 +30,35 @@ class Listing(NamedTuple):
     classes: Optional[List[str]]
 
 
-def read(folder: str, image_size: int, test_fraction: float, memory_limit: int, cache_dir: Optional[str]
-         ) -> Tuple[Images, Optional[np.ndarray], Images, Optional[np.ndarray],
-                    Tuple[str, ...], Tuple[str, ...], Tuple[str, ...]]:
+def read(folder: str, image_size: int, test_fraction: float, cache_dir: Optional[str] = None, say: Optional[store.Say] = None,
+         thorough: bool = False) -> Tuple[mapped.Images, Optional[np.ndarray], mapped.Images, Optional[np.ndarray],
+                                          Tuple[str, ...], Tuple[str, ...], Tuple[str, ...]]:
     """Read a folder of images: the fields of `datasets.Data` in their order, images as uint8 (n, s, s, 3).
 
-    Where more than `memory_limit` bytes come together, the images are kept in a file in `cache_dir`. Files that are no usable images,
-    and folders that cannot be read, are skipped with a warning that names them; hidden files and links to folders are ignored. The
-    split depends on nothing but the files' names. Raises UserError if what is left is no data set.
+    Images are decoded once, into a `store.Store` in `cache_dir`. Files that are no usable images, and folders that cannot be read, are
+    skipped with a warning that names them; hidden files and links to folders are ignored. The split depends on nothing but the files'
+    names. Raises UserError if what is left is no data set.
     """
     folder = os.path.expanduser(folder)
     if not os.path.isdir(folder):
         raise UserError("The image folder %s does not exist or is no folder." % folder)
     if not 0 <= test_fraction < 1:
         raise UserError("The fraction of test images is %g; it must be at least 0 and less than 1." % test_fraction)
+    real, cache = (os.path.realpath(os.path.expanduser(path)) for path in (folder, cache_dir or store.default_folder()))
+    if (cache + os.sep).startswith(real + os.sep) and os.sep + "." not in cache[len(real):]:
+        raise UserError("--cache_dir %s lies in the folder of images %s, and would be taken for images; choose another."
+                        % (store.printable(cache), folder))
     train, test = _listings(folder, test_fraction)
-    train_images, kept = _decode(train.paths, folder, image_size, memory_limit, cache_dir)
-    train = _only(train, kept)
-    if len(train.paths) < 2:
+    paths = train.paths + test.paths
+    usable, stored = _decode(paths, folder, image_size, cache_dir, say, thorough) if paths else ([], None)
+    first = len(train.paths)
+    rows = [np.array([i for i in usable if i < first], np.int64), np.array([i for i in usable if i >= first], np.int64)]
+    train, test = _only(train, rows[0].tolist()), _only(test, (rows[1] - first).tolist())
+    if stored is None or len(train.paths) < 2:
         raise UserError("The folder %s holds %d usable images for training (%s); it needs "
                         "2 at least, in class folders, or without for pretraining."
                         % (folder, len(train.paths), ", ".join(image_files.FORMATS)))
-    test_images, kept = _decode(test.paths, folder, image_size, memory_limit, cache_dir)
-    test = _only(test, kept)
+    train_images, test_images = (stored.images(part) for part in rows)
     train_files, test_files = _names(train, folder), _names(test, folder)
     if train.classes is None or test.classes is None:
         return train_images, None, test_images, None, (), train_files, test_files
@@ -197,45 +167,59 @@ def _files(folder: str) -> List[str]:
     return paths
 
 
-def _decode(paths: List[str], folder: str, image_size: int, memory_limit: int, cache_dir: Optional[str]) -> Tuple[Images, List[int]]:
-    """Decode files to images of one size, in memory or on disk; also tells which of the files were usable."""
-    kept: List[int] = []
-    skipped: List[str] = []
-    logging.info("Reading %d files from %s.", len(paths), folder)
+def _decode(paths: List[str], folder: str, image_size: int, cache_dir: Optional[str], say: Optional[store.Say], thorough: bool
+            ) -> Tuple[List[int], store.Store]:
+    """Which files are usable, and the store with their images."""
+    stamps = np.array([_stamp(path) for path in paths], np.int64)
+    there = np.flatnonzero(stamps[:, 2] >= 0)
+    files = [paths[i] for i in there]
+    names = [os.fsencode(os.path.relpath(path, folder)) for path in files]
 
-    def usable() -> Iterator[np.ndarray]:
-        for index, image in enumerate(_load_all(paths, image_size)):
-            if isinstance(image, image_files.Unusable):
-                skipped.append("%r (%s)" % (os.path.relpath(paths[index], folder), image))
-            else:
-                kept.append(index)
-                yield image
+    def load(indices: Sequence[int], size: int) -> Iterator[store.Result]:
+        return _load_all([files[i] for i in indices], size)
 
-    result: Images
-    if len(paths) * image_size ** 2 * 3 > memory_limit:
-        result = ImagesOnDisk(usable(), image_size, cache_dir)
-    else:
-        array = image_files.empty(len(paths), image_size)
-        for image in usable():
-            array[len(kept) - 1] = image
-        result = array[:len(kept)]
-    if skipped:
+    source = store.Source(folder, os.path.realpath(folder), os.stat(folder).st_ino, names, stamps[there], load)
+    stored = store.Store(source, image_size, cache_dir, say, thorough)
+    reasons = {int(there[i]): reason for i, reason in stored.reasons.items()}
+    for i in np.flatnonzero(stamps[:, 2] < 0).tolist():  # a link to nowhere
+        reasons[i] = str(next(_load_all([paths[i]], image_size)))
+    stored.rows, usable = _spread(stored.rows, there, len(paths)), [i for i in range(len(paths)) if i not in reasons]
+    if reasons:
+        skipped = ["%r (%s)" % (os.path.relpath(paths[i], folder), reasons[i]) for i in sorted(reasons)]
         logging.warning("Skipped %d of %d files in %s: %s.", len(skipped), len(paths), folder, _shown(skipped))
-    return result, kept
+    return usable, stored
 
 
-def _load_all(paths: List[str], image_size: int) -> Iterator[Union[np.ndarray, image_files.Unusable]]:
-    """For each path its image, or why there is none; as many at a time as may wait in memory."""
-    def load(path: str) -> Union[np.ndarray, image_files.Unusable]:
+def _spread(rows: np.ndarray, there: np.ndarray, number: int) -> np.ndarray:
+    """Rows of the files that are there, as those of all files."""
+    result = np.full(number, store.UNUSABLE, np.int64)
+    result[there] = rows
+    return result
+
+
+def _stamp(path: str) -> Tuple[int, int, int]:
+    """Size and times of a file, by which a change is noticed; the last is -1 if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1, -1
+    just_now = abs(time.time_ns() - status.st_ctime_ns) < TICK  # it could change again without a sign
+    return -1 if just_now else status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _load_all(paths: List[str], image_size: int) -> Iterator[store.Result]:
+    """For each path its image, without a label, or why there is none; as many at a time as may wait in memory."""
+    def load(path: str) -> store.Result:
         try:
             with tf.device("CPU:0"):
-                return image_files.load(path, image_size)
+                return image_files.load(path, image_size), -1
         except image_files.Unusable as error:
             return error
 
+    together = max(4 * THREADS, min(1024, WAITING // (3 * image_size ** 2)))
     with ThreadPoolExecutor(THREADS) as pool:
-        for start in range(0, len(paths), 1024):
-            yield from list(pool.map(load, paths[start:start + 1024]))
+        for start in range(0, len(paths), together):
+            yield from list(pool.map(load, paths[start:start + together]))
 
 
 def _shown(names: List[str]) -> str:

@@ -1,7 +1,9 @@
 """Makes the modules at the root importable, and keeps TensorFlow quiet and off any accelerator's memory."""
 import os
+import shutil
 import signal
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -13,6 +15,16 @@ sys.dont_write_bytecode = True
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import commands  # noqa: E402, F401  (sets TensorFlow's log level before any test imports it)
+
+
+def pytest_configure(config):
+    """Decoded images go into a folder of the tests' own, not into the user's."""
+    config.byol_cache = tempfile.mkdtemp(prefix="byol-tests-")
+    os.environ["XDG_CACHE_HOME"] = config.byol_cache
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(config.byol_cache, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

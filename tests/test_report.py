@@ -278,17 +278,17 @@ def test_no_setting_keeps_the_page_from_being_written_without_neighbours(tmp_pat
     monkeypatch.setattr(datasets, "SHAPES_TEST", 10)
     run = report.Run(make_run(tmp_path / "one"))
     put(run.path("f_online_4.h5"), "damaged")
-    assert "f_online_4.h5 is not a whole Keras weights file" in report.similar(run, 100, str(tmp_path))[1]
+    assert "f_online_4.h5 is not a whole Keras weights file" in report.similar(run, 100)[1]
     settings = dict(run.config)
     for name in ("encoder", "width_multiplier", "dataset", "data_dir", "image_size", "test_fraction"):
         for value in (None, True, "text", [], {"step": None}, -1, 1e308, 10 ** 400, math.nan):
             run.config = dict(settings, **{name: value})
-            reason = report.similar(run, 100, str(tmp_path))[1]
+            reason = report.similar(run, 100)[1]
             assert isinstance(reason, str) and "\n" not in reason, (name, value)
         del run.config[name]
-        assert name in report.similar(run, 100, str(tmp_path))[1]
+        assert name in report.similar(run, 100)[1]
     run.config = dict(settings, dataset="folder", data_dir=str(tmp_path / "gone"))
-    assert "gone" in report.similar(run, 100, str(tmp_path))[1]
+    assert "gone" in report.similar(run, 100)[1]
 
 
 def test_many_runs_of_one_network_trace_it_once(tmp_path, monkeypatch, caplog):
