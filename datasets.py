@@ -3,16 +3,28 @@
 Which images a batch holds and how they are augmented is a function of the seed and the step alone. So a run can go on from any step
 with the batches that it would have had, and any number of workers can share a batch.
 
+    python datasets.py prepare --data_dir PHOTOS --image_size 64
+
+decodes a folder of images beforehand, into the store that every command then starts from. It also repairs that: all checksums are
+compared, and files that were no usable images are tried again.
+
 Random numbers: [seed, step] gives the seeds of a step's views, [seed, -1 - epoch] an epoch's order. Steps are never negative, so no
 two draws share a stream.
 """
+import dataclasses
+import sys
 from typing import Any, Callable, NamedTuple, Optional, Tuple, Union
+
+import commands  # before TensorFlow, whose start it quiets
+
+# isort: split
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 import augmentation
-from commands import UserError
+from commands import UserError, flag
 from sources import cifar, folders, image_files, mapped, shapes, store
 
 NAMES = ("cifar10", "cifar100", "shapes", "folder")
@@ -189,3 +201,35 @@ def _map(elements: tf.data.Dataset, function: Callable[..., Any]) -> tf.data.Dat
     options = tf.data.Options()
     options.experimental_optimization.apply_default_optimizations = False
     return elements.map(function, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).with_options(options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The settings of `prepare`: each is a flag."""
+    data_dir: Optional[str] = flag(None, "The folder of images.", alias="data_path")
+    image_size: int = flag(32, "Height and width to bring them to.", low=8, high=1024)
+    cache_dir: Optional[str] = flag(None, "Where they are kept decoded, for every later start (default: ~/.cache/byol).")
+    test_fraction: float = flag(0.1, "Of a folder without train/ and test/: the part kept for testing.", low=0, high=0.9)
+    quiet: bool = flag(False, "Print warnings and errors only.")
+
+
+def prepare(config: Config) -> None:
+    """Decode a folder of images into its store, or complete and repair that. UserError for what the user can mend."""
+    commands.check(config)
+    logging.set_verbosity(logging.WARNING)
+    if not config.data_dir:
+        raise UserError("--data_dir is missing: give the folder of images.")
+    say = None if config.quiet else lambda text: print(text, flush=True)
+    data = Data(*folders.read(config.data_dir, config.image_size, config.test_fraction, config.cache_dir, say, thorough=True))
+    if say:
+        say("%d images for training and %d for testing, %d classes." % (
+            len(data.train_images), len(data.test_images), len(data.class_names)))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["prepare"]:
+        del sys.argv[1]
+    elif not {"--help", "--helpshort"} & set(sys.argv):
+        sys.exit("datasets.py: give prepare as the first argument; see --help.")
+    commands.define_flags(Config)
+    commands.run(lambda: prepare(commands.from_flags(Config)))

@@ -16,15 +16,11 @@ from absl import logging
 import commands
 import datasets
 import models
+import neighbours
 import npu_config
 import weights
 from commands import UserError, flag
 from devices.base import Device
-
-# k is that of InstDisc (Wu et al., 2018, arXiv:1805.01978), T that of Lightly's benchmarks (InstDisc: 0.07).
-NEIGHBOURS = 200
-TEMPERATURE = 0.1
-SIMILARITIES = 1 << 25  # similarities in memory at a time: 128 MiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +59,7 @@ def start(config: Config) -> Tuple[Device, Any, Say]:
         raise UserError("--encoder_weights is missing: give a file that pretraining.py wrote, such as f_online_200.h5, the name of an "
                         "encoder that comes with the program (%s), or none for random weights." % ", ".join(sorted(weights.SHIPPED)))
     config = dataclasses.replace(config, **weights.shipped(config.encoder_weights))
+    path = config.encoder_weights or "none"
     device = npu_config.open_device(config, alone=True)
     device.set_seed(config.seed)
     if device.is_chief:
@@ -74,11 +71,11 @@ def start(config: Config) -> Tuple[Device, Any, Say]:
 
     if device.advice:
         say(device.advice)
-    stem = config.stem or weights.stem_of(config.encoder_weights) or models.default_stem(config.image_size)
+    stem = config.stem or weights.stem_of(path) or models.default_stem(config.image_size)
     with device.scope():
         encoder = models.ENCODERS[config.encoder](config.width_multiplier, norm=device.batch_norm, conv=device.convolution, stem=stem)
-    if config.encoder_weights != "none":
-        weights.load_weights(encoder, config.encoder_weights)
+    if path != "none":
+        weights.load_weights(encoder, path)
     return device, encoder, say
 
 
@@ -140,41 +137,10 @@ def features(encoder: Any, images: Any, batch_size: int = 500, check: Callable[[
     return result
 
 
-def knn_accuracy(train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray,
-                 num_classes: int, k: int = NEIGHBOURS, temperature: float = TEMPERATURE) -> float:
-    """The part of the test images whose class their k nearest training images tell.
-
-    The weighted vote of InstDisc (arXiv:1805.01978, section 3.4): each neighbour votes for its class with exp(cosine / temperature).
-    Of classes with equal votes the first wins. Features are float (n, d), labels integers (n,) in 0..num_classes-1. k is at most the
-    number of training images. Works through the test images in blocks that bound the memory.
-    """
-    train, test = _normalised(train_features), _normalised(test_features)
-    k = min(k, len(train))
-    block = max(1, SIMILARITIES // len(train))
-    correct = 0
-    for first in range(0, len(test), block):
-        similarities = test[first:first + block] @ train.T
-        with tf.device("CPU:0"):  # several times faster than np.argpartition
-            values, indices = tf.math.top_k(similarities, k, sorted=False)
-        cosine, nearest = values.numpy().astype(np.float64), indices.numpy()
-        weights = np.exp((cosine - cosine.max(axis=1, keepdims=True)) / temperature)
-        rows = np.arange(len(nearest))[:, None]
-        votes = np.bincount((rows * num_classes + train_labels[nearest]).ravel(), weights.ravel(), len(nearest) * num_classes)
-        predicted = votes.reshape(-1, num_classes).argmax(axis=1)
-        correct += int((predicted == test_labels[first:first + block]).sum())
-    return correct / len(test)
-
-
-def _normalised(vectors: np.ndarray) -> np.ndarray:
-    """Rows of length 1, float32; a row of zeros stays one."""
-    vectors = np.asarray(vectors, np.float32)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
-
 def knn_of_encoder(encoder: Any, data: Any, check: Callable[[], None] = lambda: None) -> float:
     """k-NN accuracy of an encoder on a labelled datasets.Data: test images by training images. check: as for `features`."""
     train, test = (features(encoder, images, check=check) for images in (data.train_images, data.test_images))
-    return knn_accuracy(train, data.train_labels, test, data.test_labels, len(data.class_names))
+    return neighbours.knn_accuracy(train, data.train_labels, test, data.test_labels, len(data.class_names))
 
 
 @contextlib.contextmanager

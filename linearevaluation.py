@@ -21,6 +21,7 @@ import tensorflow as tf
 import classifiers
 import datasets
 import evaluation
+import neighbours
 import schedules
 from commands import flag
 from devices.base import Device
@@ -90,7 +91,7 @@ def evaluate(config: Config) -> Dict[str, Any]:
     figures = dict(classifier.figures(), test_accuracy=classifiers.top_k_accuracy(classifier.logits(test), data.test_labels, 1),
                    steps=last_step, seconds_of_training=training)
     if config.knn:
-        figures["knn"] = evaluation.knn_accuracy(plain, data.train_labels, test, data.test_labels, len(data.class_names))
+        figures["knn"] = neighbours.knn_accuracy(plain, data.train_labels, test, data.test_labels, len(data.class_names))
     if device.is_chief:
         if config.knn:
             print("k-NN Accuracy: %.4f" % figures["knn"])

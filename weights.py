@@ -58,8 +58,8 @@ def load_weights(network: Any, path: str) -> None:
     `network` untouched, if the file is not whole, not of this architecture and width, or holds numbers that are not finite.
     """
     if not os.path.isfile(path):
-        raise UserError("There is no weights file %s; pretraining.py writes f_online_<epoch>.h5 into its --output_dir, and with the program "
-                        "comes %s." % (path, ", ".join(sorted(SHIPPED))))
+        raise UserError("There is no weights file %s; pretraining.py writes f_online_<epoch>.h5 into its --output_dir, and with the "
+                        "program comes %s." % (path, ", ".join(sorted(SHIPPED))))
     wanted = _layers((weight.name, (weight.name, weight)) for weight in network.trainable_weights + network.non_trainable_weights)
     try:
         _check_seal(path)

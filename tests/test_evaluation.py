@@ -7,6 +7,7 @@ import tensorflow as tf
 import classifiers
 import evaluation
 import models
+import neighbours
 import npu_config
 from commands import UserError
 from devices import graph_check
@@ -96,12 +97,25 @@ def clusters(n, classes, dimensions, seed, spread=2.0):
 def test_knn_agrees_with_the_definition(monkeypatch, k, temperature):
     train, train_labels = clusters(300, 7, 16, 1)
     test, test_labels = clusters(90, 7, 16, 2)
-    monkeypatch.setattr(evaluation, "SIMILARITIES", 300 * 40)  # blocks of 40, 40 and 10 test images
-    found = evaluation.knn_accuracy(train, train_labels, test, test_labels, 7, k, temperature)
+    monkeypatch.setattr(neighbours, "TEST_BLOCK", 40)  # 40, 40 and 10
+    monkeypatch.setattr(neighbours, "TRAIN_BLOCK", 130)  # 130, 130 and 40
+    found = neighbours.knn_accuracy(train, train_labels, test, test_labels, 7, k, temperature)
     expected = plain_knn(train.astype(np.float64), train_labels, test.astype(np.float64), test_labels, 7,
                          min(k, 300), temperature)
     assert 0.2 < expected < 0.9  # neither chance nor certainty: there is something to agree on
     assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_nearest_are_those_of_a_full_sort(monkeypatch):
+    features, queries = np.random.RandomState(0).randn(300, 16), np.random.RandomState(1).randn(9, 16)
+    features[200] = features[10]  # as near: the first one comes first
+    cosines = neighbours.normalised(queries) @ neighbours.normalised(features).T
+    expected = np.argsort(-cosines, axis=1, kind="stable")[:, :140]
+    for block in (64, 130, 1000):
+        monkeypatch.setattr(neighbours, "TRAIN_BLOCK", block)
+        values, indices = neighbours.nearest_to(queries, features, 140)
+        np.testing.assert_array_equal(indices, expected)
+        np.testing.assert_allclose(values, np.take_along_axis(cosines, expected, axis=1), atol=1e-6)
 
 
 def test_knn_agrees_with_scikit_learn():
@@ -110,14 +124,14 @@ def test_knn_agrees_with_scikit_learn():
     test, test_labels = clusters(400, 5, 24, 2)
     model = neighbors.KNeighborsClassifier(50, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.1))
     expected = model.fit(train, train_labels).score(test, test_labels)
-    found = evaluation.knn_accuracy(train, train_labels, test, test_labels, 5, k=50)
+    found = neighbours.knn_accuracy(train, train_labels, test, test_labels, 5, k=50)
     assert found == pytest.approx(expected, abs=0.003)
 
 
 def test_knn_of_equal_votes_takes_the_first_class_and_bears_zeros():
     train = np.array([[1, 0], [1, 0]], np.float32)
-    assert evaluation.knn_accuracy(train, np.array([1, 0]), train[:1], np.array([0]), 2) == 1.0
-    assert evaluation.knn_accuracy(0 * train, np.array([1, 1]), 0 * train, np.array([1, 0]), 2) == 0.5
+    assert neighbours.knn_accuracy(train, np.array([1, 0]), train[:1], np.array([0]), 2) == 1.0
+    assert neighbours.knn_accuracy(0 * train, np.array([1, 1]), 0 * train, np.array([1, 0]), 2) == 0.5
 
 
 def test_top_k_accuracy():

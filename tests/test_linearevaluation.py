@@ -9,6 +9,7 @@ from command import run
 
 import classifiers
 import datasets
+import evaluation
 import linearevaluation
 import models
 import npu_config

@@ -7,7 +7,7 @@ import pytest
 from command import pretrain
 
 import embed
-import evaluation
+import neighbours
 import npu_config
 import pretraining
 import recipes
@@ -106,7 +106,7 @@ def test_the_encoder_that_was_trained_normalised_is_evaluated_so(tmp_path):
                           output_dir=str(tmp_path), quiet=True)
     content = embed.embed(config)
     train, test = ({name: content[name][content["split"] == part] for name in ("features", "labels")} for part in ("train", "test"))
-    accuracy = evaluation.knn_accuracy(train["features"], train["labels"], test["features"], test["labels"],
+    accuracy = neighbours.knn_accuracy(train["features"], train["labels"], test["features"], test["labels"],
                                        len(content["class_names"]))
     assert accuracy == pytest.approx(knn, abs=0.002)
 

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
+from command import run
 from conftest import ROOT
 from picture_files import jpeg, picture, png
 
@@ -382,3 +383,21 @@ def test_names_of_any_bytes(tmp_path):
     assert "Using the 3" in said[-1]
     for line in said:
         assert "\n" not in line and line.encode("utf-8")
+
+
+def test_prepare_makes_and_repairs_it(photos, decoded):
+    arguments = ["prepare", "--data_dir=%s" % photos, "--image_size=8", "--cache_dir=%s" % (photos.parent / "cache")]
+    status, out, error = run("datasets.py", *arguments)
+    assert status == 0, error
+    assert "Decoding 12 of 12 images of %s into %s" % (photos, home(photos)) in out
+    assert "12 images for training and 0 for testing, 0 classes." in out
+    assert shades(load(photos)) == [10 * i for i in range(N)] and not decoded
+    content = bytearray(pixels(photos).read_bytes())
+    content[-1] ^= 255
+    pixels(photos).write_bytes(bytes(content))
+    status, out, error = run("datasets.py", *arguments)
+    assert status == 0 and "Decoding 1 of 12" in out and "1 images in %s are damaged" % home(photos) in error
+    for wrong, message in (([], "give prepare"), (["prepare"], "--data_dir is missing"),
+                           (["prepare", "--data_dir=%s/nowhere" % photos], "does not exist")):
+        status, out, error = run("datasets.py", *wrong)
+        assert status == 1 and out == "" and message in error and error.count("\n") == 1
