@@ -174,10 +174,10 @@ def one_line_errors(command: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        sys.exit("%s: %s" % (command, error))
+        sys.exit("%s: %s" % (command, str(error).replace("\n", " ")))  # of a path's name, say
     except OSError as error:
         # A full disk, a folder that became read-only, a file that vanished: its name and the reason are the whole story.
-        where = " (%s)" % error.filename if error.filename else ""
+        where = " (%s)" % str(error.filename).replace("\n", " ") if error.filename else ""
         sys.exit("%s: %s%s" % (command, error.strerror or error, where))
 
 

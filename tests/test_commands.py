@@ -129,3 +129,10 @@ def test_verbose_shows_what_tensorflow_says(command, tmp_path):
     *others, last = done.stderr.splitlines()
     assert done.returncode == 1 and last.startswith(command + ": ") and "/nowhere" in last
     assert any(re.match(r"[IW]\d{4} |\d{4}-\d\d-\d\d .*: [IW] ", line) for line in others)
+
+
+@pytest.mark.parametrize("error", [commands.UserError("There is no\nfolder."), OSError(2, "No such file", "/a\nb")])
+def test_a_path_of_two_lines_makes_one_line(error):
+    with pytest.raises(SystemExit) as ended, commands.one_line_errors("embed.py"):
+        raise error
+    assert ended.value.code in ("embed.py: There is no folder.", "embed.py: No such file (/a b)")
