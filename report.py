@@ -1,16 +1,17 @@
 """A page that tells what runs are worth and how they went, in one file that needs no network.
 
-    python report.py RUN [RUN ...] [--output report.html]
+    python report.py RUN [RUN ...] [--output report.html] [--beside WEIGHTS]
 
 RUN is the --output_dir of a pretraining, finished or still going on; several are compared. Writes report.html (by default
 into the first RUN) and its curves beside it, as report_<name>.png. First come the accuracies with random and with trained
 weights: the k-NN accuracies of the run, and what linearevaluation.py and finetuning.py have written into RUN or into a folder
 in it, such as RUN/random with --encoder_weights none. Then curves, each with a line on how to read it; the pictures of
 embed.py and finetuning.py; and for a few test images the training images that the newest f_online_*.h5 takes for the most
-similar.
+similar; with --beside also those that another encoder does, a file's, cifar10-narrow's, or that of random weights (none).
 """
 import argparse
 import base64
+import dataclasses
 import functools
 import html
 import logging
@@ -60,16 +61,16 @@ def _encoder(name: str, width: float, stem: str) -> Any:
     return models.ENCODERS[name](width, stem=stem)
 
 
-def neighbours(run: Run, searched: int) -> np.ndarray:
+def neighbours(run: Run, searched: int, other: Optional[str] = None) -> np.ndarray:
     """A picture: test images, and below each the training images with the most similar features.
 
-    UserError if weights or data are not to be had.
+    other: encoder_weights to be used on the run's images instead of the run's own. UserError if weights or data are not to be had.
     """
     import evaluation
     import npu_config
     import weights
 
-    path = run.weights()
+    path = other or run.weights()
     if path is None:
         raise UserError("the run has saved no weights yet.")
     names = ("encoder", "width_multiplier", "dataset", "data_dir", "image_size", "test_fraction")
@@ -79,8 +80,11 @@ def neighbours(run: Run, searched: int) -> np.ndarray:
     data = evaluation.load_data(config, labelled=False)
     if not len(data.test_images):
         raise UserError("the data set has no test images.")
-    encoder = _encoder(config.encoder, config.width_multiplier, weights.stem_of(path) or "cifar")
-    weights.load_weights(encoder, path)
+    if other:
+        _, encoder, _ = evaluation.start(dataclasses.replace(config, encoder_weights=other, output_dir=run.folder, quiet=True))
+    else:
+        encoder = _encoder(config.encoder, config.width_multiplier, weights.stem_of(path) or "cifar")
+        weights.load_weights(encoder, path)
     keys = np.arange(min(searched, len(data.train_images))) * len(data.train_images) // min(searched, len(data.train_images))
     asked = np.unique(np.arange(QUERIES) * len(data.test_images) // QUERIES)
     images, queries = data.train_images[keys], data.test_images[asked]
@@ -94,10 +98,11 @@ def neighbours(run: Run, searched: int) -> np.ndarray:
     return progress.sheet([queries] + [images[row] for row in nearest], list(frames))
 
 
-def similar(run: Run, searched: int) -> Shown:
+def similar(run: Run, searched: int, other: Optional[str] = None) -> Shown:
     """The picture of the neighbours, or why there is none: whatever it is, the rest of the page is worth having."""
     try:
-        return SIMILAR % os.path.basename(run.weights() or ""), progress.encode_png(neighbours(run, searched))
+        whose = "random weights" if other == "none" else os.path.basename(other or run.weights() or "")
+        return SIMILAR % whose, progress.encode_png(neighbours(run, searched, other))
     except UserError as error:
         return "", str(error)
     except Exception as error:  # settings of wrong types or missing, a network or images too large for the memory
@@ -210,15 +215,18 @@ def page(runs: Sequence[Run], drawn: Dict[str, bytes], pictures: Sequence[Tuple[
             % (html.escape(", ".join(names)), STYLE, "\n".join(parts)))
 
 
-def write(folders: Sequence[str], output: Optional[str] = None, searched: int = SEARCHED) -> str:
-    """Write the report of the runs in `folders` and give its path. searched: 0 leaves the neighbours out."""
+def write(folders: Sequence[str], output: Optional[str] = None, searched: int = SEARCHED, beside: Sequence[str] = ()) -> str:
+    """Write the report of the runs in `folders` and give its path.
+
+    searched: 0 leaves the neighbours out. beside: encoder_weights of others whose neighbours are shown, too.
+    """
     runs = [Run(folder) for folder in folders]
     if len({run.name for run in runs}) < len(runs):
         for run in runs:
             run.name = run.folder
     output = output or os.path.join(folders[0], "report.html")
     folder = commands.make_folder(os.path.dirname(os.path.abspath(output)))
-    alike = [(run, similar(run, searched)) for run in runs if searched]
+    alike = [(run, similar(run, searched, other)) for run in runs if searched for other in (None, *beside)]
     pictures = [("Most similar images", alike)]
     for name, heading in (("projection.png", "Map of the features"),
                           ("confusion_matrix.png", "Which class was taken for which, after fine-tuning"),
@@ -236,16 +244,26 @@ def write(folders: Sequence[str], output: Optional[str] = None, searched: int = 
     return output
 
 
+def _printable(text: str) -> str:
+    """One line of it, whatever bytes a name had."""
+    return short(text.encode("utf-8", "replace").decode(), 1000)
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="the --output_dir of a pretraining")
     parser.add_argument("--output", help="the page to write (default: report.html in the first RUN)")
     parser.add_argument("--searched", type=int, default=SEARCHED, metavar="N",
                         help="training images to look for neighbours among, 0: none (default: %(default)s)")
+    parser.add_argument("--beside", metavar="WEIGHTS", action="append", default=[],
+                        help="show the most similar images by these weights, too: a file, cifar10-narrow, or none for random ones")
     options = parser.parse_args(arguments)
     if options.searched < 0:
         raise UserError("--searched is %d; it must be at least 0." % options.searched)
-    print("Wrote %s." % short(write(options.runs, options.output, options.searched).encode("utf-8", "replace").decode(), 1000))
+    path = write(options.runs, options.output, options.searched, options.beside)
+    for what, (random, trained, gain) in accuracies([Run(folder) for folder in options.runs]).items():
+        print(_printable("%s: random weights %s, pretrained %s, difference %s" % (what, random, trained, gain)))
+    print("Wrote %s." % _printable(path))
 
 
 if __name__ == "__main__":

@@ -126,8 +126,11 @@ class Run:
         return told
 
     def _accuracies(self) -> Dict[str, Dict[bool, Accuracy]]:
-        """Those of metrics.json, then those of result_*.json here and in folders in here that hold no run of their own."""
-        found = {}  # type: Dict[str, Dict[bool, Accuracy]]
+        """Those of metrics.json, then those of result_*.json here and in folders in here that hold no run of their own.
+
+        An encoder that comes with the program, which has a name instead of a file, gets rows of its own.
+        """
+        found, named = {}, {}  # type: Dict[str, Dict[bool, Accuracy]], Dict[str, Dict[str, Accuracy]]
         for step, value in zip(self.knn.get("step", []), self.knn.get("accuracy", [])):
             found.setdefault("k-NN", {})[step > 0] = Accuracy(value, "epoch %.4g" % self.epochs(step))
         here = os.path.join(glob.escape(self.folder))
@@ -145,10 +148,18 @@ class Run:
             of = os.path.basename(short(settings.get("encoder_weights", ""))) if trained else ""
             for figure, what in (("test_accuracy", measure), ("knn", "k-NN")):
                 if _can_be("accuracy", result.get(figure)):
-                    if figure == "test_accuracy" or trained not in found.get(what + on, {}):
+                    if of and "." not in of:
+                        named.setdefault(what + on, {})[of] = Accuracy(float(result[figure]), "")
+                    elif figure == "test_accuracy" or trained not in found.get(what + on, {}):
                         found.setdefault(what + on, {})[trained] = Accuracy(float(result[figure]), of)
                 elif figure in result or figure == "test_accuracy" and result and measure.startswith(MEASURES):
                     self.notes.append("Left out: %s of %s, which is %s." % (figure, path, short(result.get(figure, "missing"), 60)))
+        for what, others in named.items():
+            random = {trained: each for trained, each in found.get(what, {}).items() if not trained}  # type: Dict[bool, Accuracy]
+            if random and found[what] == random:
+                del found[what]
+            for of, accuracy in others.items():
+                found["%s, %s" % (what, of)] = {**random, True: accuracy}
         return {what: found[what] for start in MEASURES + ("",) for what in found
                 if what.startswith(start) and (start or not what.startswith(MEASURES))}
 

@@ -111,6 +111,22 @@ def test_accuracies_come_first_and_are_compared_with_those_of_random_weights(tmp
     assert page.index("</table>") < page.index("<img")
 
 
+def test_an_encoder_that_comes_with_the_program_has_rows_of_its_own(tmp_path, capsys):
+    """As in the demo: a short run, and cifar10-narrow, each against random weights."""
+    run = make_run(tmp_path / "run")
+    for of, figures in (("none", {"test_accuracy": 0.1, "knn": 0.2}), ("cifar10-narrow", {"test_accuracy": 0.3, "knn": 0.4})):
+        os.makedirs(os.path.join(run, of))
+        put(os.path.join(run, of, "result_linearevaluation.json"),
+            json.dumps(dict(figures, config={"encoder_weights": of, "dataset": "shapes", "cached_features": True})))
+    report.main([run, "--searched=0"])
+    assert capsys.readouterr().out.splitlines() == [
+        "linear: random weights -, pretrained 86.92 %, difference -",
+        "linear, cached features, cifar10-narrow: random weights 10.00 %, pretrained 30.00 %, difference +20.00",
+        "k-NN: random weights 20.00 %, pretrained 43.21 % (epoch 4), difference +23.21",
+        "k-NN, cifar10-narrow: random weights 20.00 %, pretrained 40.00 %, difference +20.00",
+        "Wrote %s." % os.path.join(run, "report.html")]
+
+
 @pytest.mark.parametrize("comparable, marks", [(True, 1), (False, 0)])
 def test_published_marks_are_drawn_where_they_can_be_compared(tmp_path, monkeypatch, comparable, marks):
     drawn = {}
@@ -138,8 +154,11 @@ def test_a_real_run_shows_views_and_neighbours(tmp_path):
     run = tmp_path / "run"
     status, _, error = pretrain(run, "--num_epochs=1", "--max_steps=10", "--knn_every=0")
     assert status == 0, error
-    page = open(report.write([str(run)], searched=100)).read()
+    page = open(report.write([str(run)], searched=100, beside=["cifar10-narrow", "none"])).read()
     assert "Not drawn" not in page and "their two views" in page and "most similar" in page
+    for of in ("by f_online_step_10.h5", "by cifar10-narrow", "by random weights"):
+        assert of in page, of
+    assert len({(run / ("report_neighbours%s.png" % which)).read_bytes() for which in ("", "_1", "_2")}) == 3
     picture = tf.io.decode_png((run / "report_neighbours.png").read_bytes()).numpy()
     frames = {tuple(colour) for colour in picture[6, ::16].tolist()}
     assert report.NEUTRAL in frames
