@@ -23,7 +23,7 @@ ON = $(if $(PHOTOS),--dataset folder --data_dir "$(PHOTOS)",--dataset shapes) --
 demo: $(VENV)/.installed  ## in less than five minutes on two cores: a minute of pretraining, then what a long one has brought
 	@rm -rf runs/demo
 	@printf '\n1. A minute of pretraining from scratch, on drawn shapes: the command, its progress, loss and spread.\n\n'
-	$(RUN) pretraining.py --dataset shapes --width_multiplier 0.25 --num_epochs 6 --batch_size 128 --knn_every 0 --output_dir runs/demo
+	$(RUN) pretraining.py --dataset shapes --width_multiplier 0.25 --num_epochs 4 --batch_size 128 --knn_every 0 --output_dir runs/demo
 	@printf '\n2. A minute is too short to learn much. The encoder cifar10-narrow has had two hours, on photographs without labels.\n'
 	@printf 'Here are %s, which it has never seen: a classifier on its features, and one on those of random weights.\n\n' \
 		$(if $(PHOTOS),'your images','the drawn shapes')
