@@ -45,7 +45,7 @@ class Data(NamedTuple):
 
 def load(name: str, data_dir: Optional[str] = None, image_size: int = 32, test_fraction: float = 0.1,
          seed: int = 0, train_size: Optional[int] = None, test_size: Optional[int] = None,
-         cache_dir: Optional[str] = None, say: Optional[store.Say] = None) -> Data:
+         cache_dir: Optional[str] = None, say: Optional[store.Say] = None, store_size: Optional[int] = None) -> Data:
     """Load the data set `name`, one of NAMES.
 
     data_dir: for CIFAR see `cifar.read`, for a folder of images `folders.read`; shapes need none. image_size: to which a folder's
@@ -53,27 +53,41 @@ def load(name: str, data_dir: Optional[str] = None, image_size: int = 32, test_f
     and test/. seed: of the shapes, modulo 2^32; runs that are to be compared need the same one. train_size, test_size: how many shapes
     to draw (default 5,000 and 1,000); of other data sets, how many images to take, evenly spread (default all). cache_dir:
     where a folder's images are kept decoded, one store for each folder and size (default: `store.default_folder()`). say: prints a
-    line about that; without it nothing is printed. Raises UserError for what is not there, is damaged or does not fit together.
+    line about that; without it nothing is printed. store_size: see `stored_size`; the images have that size then. Raises UserError
+    for what is not there, is damaged or does not fit together.
     """
     if name not in NAMES:
         raise UserError("There is no data set %r; choose one of %s." % (name, ", ".join(NAMES)))
+    side = stored_size(image_size, store_size)
     if name == "shapes":
         seed %= 1 << 32
-        train = shapes.make(SHAPES_TRAIN if train_size is None else train_size, (seed, 0), image_size)
-        test = shapes.make(SHAPES_TEST if test_size is None else test_size, (seed, 1), image_size)
+        train = shapes.make(SHAPES_TRAIN if train_size is None else train_size, (seed, 0), side)
+        test = shapes.make(SHAPES_TEST if test_size is None else test_size, (seed, 1), side)
         return Data(*train, *test, shapes.CLASS_NAMES)
     if name == "folder":
         if not data_dir:
             raise UserError("--dataset folder needs --data_dir, the folder of images.")
-        data = Data(*folders.read(data_dir, image_size, test_fraction, cache_dir, say))
+        data = Data(*folders.read(data_dir, side, test_fraction, cache_dir, say))
     else:
         if image_size != cifar.IMAGE_SIZE:
             raise UserError("The images of %s have 32 x 32 pixels, not --image_size %d." % (name, image_size))
+        if side != cifar.IMAGE_SIZE:
+            raise UserError("The images of %s have 32 x 32 pixels; --store_size %d is for folders and shapes." % (name, side))
         data = Data(*cifar.read(name, data_dir))
     images, labels, files = _spread(data.train_images, data.train_labels, data.train_files, train_size, "training")
     data = data._replace(train_images=images, train_labels=labels, train_files=files)
     images, labels, files = _spread(data.test_images, data.test_labels, data.test_files, test_size, "test")
     return data._replace(test_images=images, test_labels=labels, test_files=files)
+
+
+def stored_size(image_size: int, store_size: Optional[int]) -> int:
+    """The side in pixels of images as they are kept: `store_size`, from which views of `image_size` are cut, or else that itself.
+
+    UserError if it is smaller.
+    """
+    if store_size is not None and store_size < image_size:
+        raise UserError("--store_size is %d; give at least --image_size, %d." % (store_size, image_size))
+    return store_size or image_size
 
 
 def _spread(images: Images, labels: Optional[np.ndarray], files: Tuple[str, ...], size: Optional[int],
@@ -111,8 +125,11 @@ def pretraining_batches(images: Any, batch_size: int, seed: int, first_step: int
 
 
 def finetuning_batches(images: Any, labels: Optional[np.ndarray], batch_size: int, seed: int, first_step: int,
-                       last_step: int, first: int = 0, rows: Optional[int] = None) -> tf.data.Dataset:
-    """As `pretraining_batches`, but (view, label): one view by crop and flip, and int64 labels (rows,)."""
+                       last_step: int, first: int = 0, rows: Optional[int] = None, size: Optional[int] = None) -> tf.data.Dataset:
+    """As `pretraining_batches`, but (view, label): one view by crop and flip, and int64 labels (rows,).
+
+    size: side of the views in pixels, where it is not the images'.
+    """
     if labels is None:
         raise UserError("The data set has no labels, and only pretraining does without; put the images into "
                         "class folders.")
@@ -121,7 +138,7 @@ def finetuning_batches(images: Any, labels: Optional[np.ndarray], batch_size: in
 
     def view(step: tf.Tensor, indices: tf.Tensor) -> Tuple[tf.Tensor, tf.Tensor]:
         batch, seeds = gather(indices), _seeds(seed, step)
-        return (augmentation.augment_images_finetuning(batch, seeds[0], first, batch_size), tf.gather(classes, indices))
+        return (augmentation.augment_images_finetuning(batch, seeds[0], first, batch_size, size), tf.gather(classes, indices))
 
     return _batches(view, len(images), batch_size, seed, first_step, last_step, first, rows)
 
@@ -208,6 +225,8 @@ class Config:
     """The settings of `prepare`: each is a flag."""
     data_dir: Optional[str] = flag(None, "The folder of images.", alias="data_path")
     image_size: int = flag(32, "Height and width to bring them to.", low=8, high=1024)
+    store_size: Optional[int] = flag(None, "The same, for commands that get --store_size too; it wins over --image_size.", low=8,
+                                     high=1024)
     cache_dir: Optional[str] = flag(None, "Where they are kept decoded, for every later start (default: ~/.cache/byol).")
     test_fraction: float = flag(0.1, "Of a folder without train/ and test/: the part kept for testing.", low=0, high=0.9)
     quiet: bool = flag(False, "Print warnings and errors only.")
@@ -220,7 +239,8 @@ def prepare(config: Config) -> None:
     if not config.data_dir:
         raise UserError("--data_dir is missing: give the folder of images.")
     say = None if config.quiet else lambda text: print(text, flush=True)
-    data = Data(*folders.read(config.data_dir, config.image_size, config.test_fraction, config.cache_dir, say, thorough=True))
+    side = stored_size(config.image_size, config.store_size)
+    data = Data(*folders.read(config.data_dir, side, config.test_fraction, config.cache_dir, say, thorough=True))
     if say:
         say("%d images for training and %d for testing, %d classes." % (
             len(data.train_images), len(data.test_images), len(data.class_names)))

@@ -68,7 +68,7 @@ def embed(config: Config) -> Dict[str, Any]:
         raise UserError("There are %d images for --split %s, and %d are needed; choose another, or another "
                         "--test_fraction." % (number, config.split, fewest))
     say("Computing the features of %d images..." % number)
-    content = embeddings(encoder, data, parts)
+    content = embeddings(encoder, data, parts, config.image_size)
     if device.is_chief:
         path = os.path.join(config.output_dir, "embeddings.npz")
         with commands.atomic_path(path) as temporary:
@@ -85,13 +85,13 @@ def embed(config: Config) -> Dict[str, Any]:
     return content
 
 
-def embeddings(encoder: Any, data: datasets.Data, parts: Sequence[str]) -> Dict[str, Any]:
-    """The arrays of embeddings.npz for the parts, of 'train' and 'test', one after the other."""
+def embeddings(encoder: Any, data: datasets.Data, parts: Sequence[str], size: Optional[int] = None) -> Dict[str, Any]:
+    """The arrays of embeddings.npz for the parts, of 'train' and 'test', one after the other. size: as for `evaluation.features`."""
     content = {"features": [], "labels": [], "files": [], "split": []}  # type: Dict[str, Any]
     for part in parts:
         images, labels, files = (getattr(data, part + what) for what in ("_images", "_labels", "_files"))
         if len(images):
-            content["features"].append(evaluation.features(encoder, images))
+            content["features"].append(evaluation.features(encoder, images, size=size))
             content["labels"].append(np.full(len(images), -1, np.int64) if labels is None else labels)
             content["files"].append(np.array(files or [""] * len(images), np.str_))
             content["split"].append(np.full(len(images), part))

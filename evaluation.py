@@ -37,6 +37,8 @@ class Config(npu_config.Options):
     data_dir: Optional[str] = flag(None, "Where the data set lies: CIFAR's batches folder or .tar.gz, or a "
                                    "folder of images.", alias="data_path")
     image_size: int = flag(32, "Height and width of the images (reference: 32).", low=8, high=1024)
+    store_size: Optional[int] = flag(None, "Height and width at which a folder's images or shapes are kept; their middle is used, or "
+                                     "crops. Default: --image_size.", low=8, high=1024)
     test_fraction: float = flag(0.1, "Of a folder without train/ and test/: the part kept for testing.", low=0, high=0.9)
     cache_dir: Optional[str] = flag(None, "Where a folder's images are kept decoded, for every later start (default: ~/.cache/byol).")
     output_dir: str = flag(".", "Where results go.", alias="model_dir")
@@ -86,7 +88,7 @@ def load_data(config: Config, labelled: bool = True, say: Optional[Say] = None) 
     classifier needs.
     """
     data = datasets.load(config.dataset, config.data_dir, image_size=config.image_size,
-                         test_fraction=config.test_fraction, cache_dir=config.cache_dir, say=say)
+                         test_fraction=config.test_fraction, cache_dir=config.cache_dir, say=say, store_size=config.store_size)
     where = "The data set %s%s" % (config.dataset, " in %s" % config.data_dir if config.data_dir else "")
     if labelled and data.train_labels is None:
         raise UserError("%s has no labels; put its images into one folder for each class, as in DIR/cat/1.jpg." % where)
@@ -117,17 +119,33 @@ def inference(encoder: Any, images: tf.Tensor) -> tf.Tensor:
     return tf.cast(encoder(images, training=False), tf.float32)
 
 
-def features(encoder: Any, images: Any, batch_size: int = 500, check: Callable[[], None] = lambda: None) -> np.ndarray:
+def middle(images: np.ndarray, size: Optional[int]) -> np.ndarray:
+    """Centre crops: (n, s, s, 3) to (n, size, size, 3), from row and column (s - size) // 2 on; None: the images as they are.
+
+    ValueError if size is above s.
+    """
+    side = images.shape[1]
+    if size in (None, side):
+        return images
+    if size > side:
+        raise ValueError("size is %d, but the images have %d pixels" % (size, side))
+    first = (side - size) // 2
+    return images[:, first:first + size, first:first + size]
+
+
+def features(encoder: Any, images: Any, batch_size: int = 500, check: Callable[[], None] = lambda: None,
+             size: Optional[int] = None) -> np.ndarray:
     """What the encoder makes of images in inference mode: float32 (n, d), on the host.
 
     images: (n, s, s, 3), uint8 or float in [0, 1], an array or what datasets.Data holds. check: called between batches, to raise what
-    ends it early. The last batch is filled up with black images, so that one graph serves all. UserError if a feature is not finite.
+    ends it early. size: of larger images, only the `middle` of this size. The last batch is filled up with black images, so that one
+    graph serves all. UserError if a feature is not finite.
     """
     batch_size = max(1, min(batch_size, len(images)))
     batches = []
     for first in range(0, len(images), batch_size):
         check()
-        batch = np.asarray(images[first:first + batch_size])
+        batch = middle(np.asarray(images[first:first + batch_size]), size)
         filled = np.pad(batch, [(0, batch_size - len(batch))] + [(0, 0)] * 3, "constant")
         batches.append(inference(encoder, tf.constant(filled)))
     result = np.concatenate([batch.numpy() for batch in batches])[:len(images)]
@@ -137,23 +155,24 @@ def features(encoder: Any, images: Any, batch_size: int = 500, check: Callable[[
     return result
 
 
-def knn_of_encoder(encoder: Any, data: Any, check: Callable[[], None] = lambda: None) -> float:
-    """k-NN accuracy of an encoder on a labelled datasets.Data: test images by training images. check: as for `features`."""
-    train, test = (features(encoder, images, check=check) for images in (data.train_images, data.test_images))
+def knn_of_encoder(encoder: Any, data: Any, check: Callable[[], None] = lambda: None, size: Optional[int] = None) -> float:
+    """k-NN accuracy of an encoder on a labelled datasets.Data: test images by training images. check, size: as for `features`."""
+    train, test = (features(encoder, images, check=check, size=size) for images in (data.train_images, data.test_images))
     return neighbours.knn_accuracy(train, data.train_labels, test, data.test_labels, len(data.class_names))
 
 
 @contextlib.contextmanager
-def statistics_of(encoder: Any, images: Any, batches: int = 20, batch_size: int = 256) -> Iterator[None]:
+def statistics_of(encoder: Any, images: Any, batches: int = 20, batch_size: int = 256, size: Optional[int] = None) -> Iterator[None]:
     """Inside, BatchNorm's moving statistics of the encoder are those of some of these images, uint8 (n, s, s, 3), as for features.
 
+    size: of larger images, only the `middle` of this size.
     For an encoder that was never trained, whose statistics are still 0 and 1: its BatchNorm does nothing in inference mode.
     """
     before = [(weight, weight.numpy()) for weight in encoder.non_trainable_weights]
     forward = tf.function(lambda images: tf.reduce_sum(encoder(tf.cast(images, tf.float32) / 255.0, training=True)))
     for batch in range(batches):
         chosen = (batch + batches * np.arange(batch_size)) * len(images) // (batches * batch_size)  # a folder is sorted by class
-        forward(tf.constant(np.asarray(images[chosen])))
+        forward(tf.constant(middle(np.asarray(images[chosen]), size)))
     try:
         with models.settled(encoder, batches):
             yield

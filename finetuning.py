@@ -72,7 +72,7 @@ def finetune(config: Config) -> Dict[str, Any]:
     last_step = min(total_steps, config.max_steps or total_steps)
     first, rows = device.rows(batch_size)
     with device.host():
-        batches = datasets.finetuning_batches(images, labels, batch_size, config.seed, 0, last_step, first, rows)
+        batches = datasets.finetuning_batches(images, labels, batch_size, config.seed, 0, last_step, first, rows, config.image_size)
     rate = functools.partial(schedules.cosine, base=config.learning_rate, total_steps=total_steps)
     classifier = classifiers.Classifier(device, encoder, encoder.features, len(data.class_names), rate,
                                         config.label_smoothing, frozen=config.freeze)
@@ -85,7 +85,7 @@ def finetune(config: Config) -> Dict[str, Any]:
             weights.save_weights(classifier.head, os.path.join(config.output_dir, "c_finetuned.h5"))
             if not config.freeze:
                 weights.save_weights(encoder, os.path.join(config.output_dir, "f_finetuned.h5"))
-        logits = classifier.logits(evaluation.features(encoder, data.test_images))
+        logits = classifier.logits(evaluation.features(encoder, data.test_images, size=config.image_size))
     counts = confusion(data.test_labels, logits.argmax(axis=1), len(data.class_names))
     figures = dict(classifier.figures(), test_accuracy=classifiers.top_k_accuracy(logits, data.test_labels, 1), labels=len(labels),
                    steps=last_step, epochs=num_epochs, per_class=per_class(counts, data.class_names), confusion=counts.tolist())

@@ -66,18 +66,18 @@ def evaluate(config: Config) -> Dict[str, Any]:
     plain = None  # type: Any
     if config.knn or config.cached_features and not config.augmented_copies:
         say("Computing the features of %d training images..." % len(data.train_images))
-        plain = evaluation.features(encoder, data.train_images)
+        plain = evaluation.features(encoder, data.train_images, size=config.image_size)
     if config.cached_features:
         copies = [(plain, data.train_labels)]  # type: Copies
         if config.augmented_copies:
             number = min(config.augmented_copies, config.num_epochs)
-            copies = augmented_features(encoder, data, number, batch_size, config.seed, device, say)
+            copies = augmented_features(encoder, data, number, batch_size, config.seed, device, say, config.image_size)
         with device.host():
             batches = cached_batches(copies, batch_size, config.seed, last_step, first, rows)
     else:
         with device.host():
             batches = datasets.finetuning_batches(data.train_images, data.train_labels, batch_size,
-                                                  config.seed, 0, last_step, first, rows)
+                                                  config.seed, 0, last_step, first, rows, config.image_size)
     rate = functools.partial(schedules.polynomial, base=config.learning_rate, total_steps=total_steps,
                              end=LAST_RATE * config.learning_rate, power=POWER)
     classifier = classifiers.Classifier(device, None if config.cached_features else encoder, encoder.features,
@@ -87,7 +87,7 @@ def evaluate(config: Config) -> Dict[str, Any]:
     training = time.time() - training
 
     say("Computing the features of %d test images..." % len(data.test_images))
-    test = evaluation.features(encoder, data.test_images)
+    test = evaluation.features(encoder, data.test_images, size=config.image_size)
     figures = dict(classifier.figures(), test_accuracy=classifiers.top_k_accuracy(classifier.logits(test), data.test_labels, 1),
                    steps=last_step, seconds_of_training=training)
     if config.knn:
@@ -103,15 +103,15 @@ Copies = List[Tuple[np.ndarray, np.ndarray]]
 
 
 def augmented_features(encoder: Any, data: datasets.Data, number: int, batch_size: int, seed: int,
-                       device: Device, say: evaluation.Say) -> Copies:
-    """Features and labels of what the first epochs of the full protocol would train on, a copy an epoch."""
+                       device: Device, say: evaluation.Say, size: Optional[int] = None) -> Copies:
+    """Features and labels of what the first epochs of the full protocol would train on, a copy an epoch. size: of the views."""
     steps = len(data.train_images) // batch_size
     copies = []
     for epoch in range(number):
         say("Computing the features of augmented copy %d of %d..." % (epoch + 1, number))
         with device.host():
             iterator = iter(datasets.finetuning_batches(data.train_images, data.train_labels, batch_size,
-                                                        seed, epoch * steps, (epoch + 1) * steps))
+                                                        seed, epoch * steps, (epoch + 1) * steps, size=size))
         batches = []
         for _ in range(steps):
             with device.host():

@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+import augmentation
 import datasets
 import losses
 import models
@@ -49,6 +50,8 @@ class Config(recipes.Recipe, npu_config.Options):
     data_dir: Optional[str] = flag(None, "Where the data set lies: CIFAR's batches folder or .tar.gz, or a folder of images.",
                                    alias="data_path")
     image_size: int = flag(32, "Height and width of the images (reference: 32).", low=8, high=1024)
+    store_size: Optional[int] = flag(None, "Height and width at which a folder's images or shapes are kept, for views to be cut from "
+                                     "(paper: 256 for 224). Default: --image_size.", low=8, high=1024)
     test_fraction: float = flag(0.1, "Of a folder without train/ and test/: the part kept for testing.", low=0, high=0.9)
     cache_dir: Optional[str] = flag(None, "Where a folder's images are kept decoded, for every later start (default: ~/.cache/byol).")
     output_dir: str = flag(".", "Where results go.", alias="model_dir")
@@ -76,6 +79,10 @@ class Config(recipes.Recipe, npu_config.Options):
     check_npu: bool = flag(False, "Train nothing: tell from its graph whether an Ascend 910 can take the training loop whole.")
     npu_ops: Optional[str] = flag(None, "For --check_npu: a file with the TensorFlow operators that the device has, one name a line, "
                                   "# for comments. Without it names are not checked.")
+
+    def views(self) -> augmentation.Views:
+        """How views are made."""
+        return dataclasses.replace(super().views(), size=self.image_size if self.store_size else None)
 
 
 class Byol(tf.Module):
@@ -194,7 +201,8 @@ def train(config: Config) -> runs.Result:
     with runs.folder(config.output_dir, device), progress.Progress(device.is_chief and not config.quiet) as shown, device.together():
         shown.wait("Reading the data set")
         data = datasets.load(config.dataset, config.data_dir, image_size=config.image_size, test_fraction=config.test_fraction,
-                             cache_dir=config.cache_dir, say=shown.say if device.is_chief and not config.quiet else None)
+                             store_size=config.store_size, cache_dir=config.cache_dir,
+                             say=shown.say if device.is_chief and not config.quiet else None)
         run = runs.Run(config, device, data, shown)
         run.agree()
         shown.wait("Making the networks")
@@ -250,7 +258,9 @@ def consistent(config: Config) -> Config:
         raise UserError("--warmup_epochs %d leaves none of --num_epochs %d." % (config.warmup_epochs, config.num_epochs))
     if config.perf == 0 and config.max_steps is None:
         config = dataclasses.replace(config, max_steps=PERFORMANCE_STEPS)
-    config = dataclasses.replace(config, stem=config.stem or models.default_stem(config.image_size))
+    larger = datasets.stored_size(config.image_size, config.store_size) > config.image_size
+    config = dataclasses.replace(config, stem=config.stem or models.default_stem(config.image_size),
+                                 store_size=config.store_size if larger else None)
     if config.overwrite and config.resume:
         raise UserError("--overwrite goes with --noresume.")
     return config

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
 import augmentation
+from sources import image_files
 
 BAR = "{desc} |{bar}| step {n_fmt}/{total_fmt}{postfix}, {remaining} left"
 SHEET = 16  # images on a sheet of views
@@ -140,7 +141,7 @@ def sheet_of_views(images: np.ndarray, seed: int, host: Optional[ContextManager[
                    views: augmentation.Views = augmentation.Views()) -> np.ndarray:
     """Images with two views of each below them: a picture, uint8 (height, width, 3).
 
-    images: uint8 (n, s, s, 3), n at most SHEET; see `sheet`.
+    images: uint8 (n, s, s, 3), n at most SHEET; see `sheet`. They are shown whole, at the size of the views.
     host: where to compute; default: where TensorFlow would.
     """
     with host or contextlib.nullcontext():
@@ -150,7 +151,8 @@ def sheet_of_views(images: np.ndarray, seed: int, host: Optional[ContextManager[
             pair = [augmentation.augment_images_pretraining(images, (seed, view), views=views, view=view).numpy() for view in (0, 1)]
         finally:
             tf.config.run_functions_eagerly(eagerly)
-    return sheet([images] + [np.round(view * 255).astype(np.uint8) for view in pair])
+        whole = np.stack([image_files.square(image, pair[0].shape[1]) for image in images])
+    return sheet([whole] + [np.round(view * 255).astype(np.uint8) for view in pair])
 
 
 def views_png(images: Any, seed: int, views: augmentation.Views, host: ContextManager[Any]) -> Tuple[bytes, int, int]:

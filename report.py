@@ -74,7 +74,8 @@ def neighbours(run: Run, searched: int, other: Optional[str] = None) -> np.ndarr
     if path is None:
         raise UserError("the run has saved no weights yet.")
     names = ("encoder", "width_multiplier", "dataset", "data_dir", "image_size", "test_fraction")
-    config = evaluation.Config(device="cpu", cache_dir=run.config.get("cache_dir"), **{name: run.config[name] for name in names})
+    config = evaluation.Config(device="cpu", cache_dir=run.config.get("cache_dir"), store_size=run.config.get("store_size"),
+                               **{name: run.config[name] for name in names})
     commands.check(config)
     npu_config.open_device(config, alone=True)
     data = evaluation.load_data(config, labelled=False)
@@ -87,7 +88,7 @@ def neighbours(run: Run, searched: int, other: Optional[str] = None) -> np.ndarr
         weights.load_weights(encoder, path)
     keys = np.arange(min(searched, len(data.train_images))) * len(data.train_images) // min(searched, len(data.train_images))
     asked = np.unique(np.arange(QUERIES) * len(data.test_images) // QUERIES)
-    images, queries = data.train_images[keys], data.test_images[asked]
+    images, queries = (evaluation.middle(x, config.image_size) for x in (data.train_images[keys], data.test_images[asked]))
     vectors = evaluation.features(encoder, np.concatenate([queries, images]))
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     nearest = np.argsort(-vectors[:len(asked)] @ vectors[len(asked):].T, axis=1)[:, :NEIGHBOURS].T

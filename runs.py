@@ -4,6 +4,7 @@ pretraining.py calls it between two calls of the training loop. Nothing here is 
 """
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -241,13 +242,14 @@ class Run:
         if not due or done or self.data.train_labels is None or not len(self.data.test_images):
             return
         self.shown.wait("Evaluating the encoder by k-NN on %d test images" % len(self.data.test_images))
+        size = self.config.image_size
+        knn = functools.partial(evaluation.knn_of_encoder, self.learner.f_online, self.data, self.signals.check, size)
         try:
-            accuracy = evaluation.knn_of_encoder(self.learner.f_online, self.data, self.signals.check)
+            accuracy = knn()
             besides = ""
             if self.step == 0:
-                with evaluation.statistics_of(self.learner.f_online, self.data.train_images):
-                    besides = " (%.4f with BatchNorm's statistics of these images)" % evaluation.knn_of_encoder(
-                        self.learner.f_online, self.data, self.signals.check)
+                with evaluation.statistics_of(self.learner.f_online, self.data.train_images, size=size):
+                    besides = " (%.4f with BatchNorm's statistics of these images)" % knn()
         except commands.Stopped:  # the run that goes on from here makes up for it
             return
         self.history.knn.append({"epoch": epoch, "step": self.step, "accuracy": accuracy})
