@@ -106,6 +106,7 @@ def test_all_commands_share_the_stored_images_and_show_the_networks_the_small_on
             return super().call(x, training)
 
     monkeypatch.setitem(models.ENCODERS, "resnet18", lambda width, **more: Encoder(BLOCKS, width, **more))
+    monkeypatch.setattr(report, "_encoder", report._encoder.__wrapped__)  # which keeps those that it has made
     run, cache = str(tmp_path / "run"), str(tmp_path / "cache")
     data = dict(data_dir=str(tiny_images), image_size=8, store_size=12, cache_dir=cache, quiet=True)
     settings = dict(data, dataset="folder", width_multiplier=1 / 16, device="cpu")
