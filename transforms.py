@@ -136,6 +136,14 @@ def _tint(x: tf.Tensor, saturation: tf.Tensor, hue: tf.Tensor, axis: int) -> tf.
     return tf.clip_by_value(value - chroma * tf.clip_by_value(away - 1, 0., 1.), 0., 1.)
 
 
+def _distort(x: tf.Tensor, brightness: tf.Tensor, contrast: tf.Tensor, saturation: tf.Tensor, hue: tf.Tensor, *,
+             order: Optional[tf.Tensor], multiplies: bool) -> tf.Tensor:
+    """(b, H, 3, W) to (b, H, W, 3): the four one after the other, or in the order of each image's keys."""
+    if order is not None:
+        return _distort_in_order(x, brightness, contrast, saturation, hue, order=order, multiplies=multiplies)
+    return _tint(_shade(x, brightness, contrast, multiplies), saturation, hue, 3)
+
+
 def _distort_in_order(x: tf.Tensor, brightness: tf.Tensor, contrast: tf.Tensor, saturation: tf.Tensor, hue: tf.Tensor, *,
                       order: tf.Tensor, multiplies: bool) -> tf.Tensor:
     """(b, H, 3, W) to (b, H, W, 3): the four in the order of each image's keys, (b, 4), with a clip to [0, 1] after each.
@@ -183,9 +191,7 @@ def _compiled_crop_flip_resize(images: tf.Tensor, *crops: tf.Tensor, size: Optio
 def _compiled_distort_colors(images: tf.Tensor, *colors: tf.Tensor, order: Optional[tf.Tensor] = None,
                              multiplies: bool = False) -> tf.Tensor:
     x = tf.transpose(tf.cast(images, tf.float32), [0, 1, 3, 2])
-    if order is not None:
-        return _distort_in_order(x, *colors, order=order, multiplies=multiplies)
-    return _tint(_shade(x, colors[0], colors[1], multiplies), colors[2], colors[3], 3)
+    return _distort(x, *colors, order=order, multiplies=multiplies)
 
 
 @tf.function(jit_compile=True, autograph=False)
@@ -201,10 +207,7 @@ def _compiled_augment(images: tf.Tensor, *drawn: tf.Tensor, solarise: Optional[t
     # An image not to be distorted gets parameters that change nothing: cheaper than a choice for each pixel.
     brightness, contrast = tf.where(distort, brightness, float(multiplies)), tf.where(distort, contrast, 1.)
     saturation, hue = tf.where(distort, saturation, 1.), tf.where(distort, hue, 0.)
-    if order is None:
-        x = _tint(_shade(x, brightness, contrast, multiplies), saturation, hue, 3)
-    else:
-        x = _distort_in_order(x, brightness, contrast, saturation, hue, order=order, multiplies=multiplies)
+    x = _distort(x, brightness, contrast, saturation, hue, order=order, multiplies=multiplies)
     x = tf.where(grey[:, None, None, None], tf.reduce_sum(x * tf.constant(GREY_WEIGHTS), 3, keepdims=True), x)
     x = x if blur is None else _blur(x, blur)
     if solarise is not None:
