@@ -69,6 +69,7 @@ def neighbours(run: Run, searched: int, other: Optional[str] = None) -> np.ndarr
     import evaluation
     import npu_config
     import weights
+    from neighbours import nearest_to
 
     path = other or run.weights()
     if path is None:
@@ -90,8 +91,7 @@ def neighbours(run: Run, searched: int, other: Optional[str] = None) -> np.ndarr
     asked = np.unique(np.arange(QUERIES) * len(data.test_images) // QUERIES)
     images, queries = (evaluation.middle(x, config.image_size) for x in (data.train_images[keys], data.test_images[asked]))
     vectors = evaluation.features(encoder, np.concatenate([queries, images]))
-    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    nearest = np.argsort(-vectors[:len(asked)] @ vectors[len(asked):].T, axis=1)[:, :NEIGHBOURS].T
+    nearest = nearest_to(vectors[:len(asked)], vectors[len(asked):], min(NEIGHBOURS, len(keys)))[1].T
     frames = np.full((len(nearest) + 1, len(asked), 3), NEUTRAL, np.uint8)
     if data.train_labels is not None and data.test_labels is not None:
         same = data.train_labels[keys][nearest] == data.test_labels[asked]
@@ -221,11 +221,20 @@ def write(folders: Sequence[str], output: Optional[str] = None, searched: int = 
 
     searched: 0 leaves the neighbours out. beside: encoder_weights of others whose neighbours are shown, too.
     """
+    return _write(_runs(folders), output, searched, beside)
+
+
+def _runs(folders: Sequence[str]) -> List[Run]:
+    """The runs in the folders; those of one name are told apart by their folders."""
     runs = [Run(folder) for folder in folders]
     if len({run.name for run in runs}) < len(runs):
         for run in runs:
             run.name = run.folder
-    output = output or os.path.join(folders[0], "report.html")
+    return runs
+
+
+def _write(runs: Sequence[Run], output: Optional[str], searched: int, beside: Sequence[str]) -> str:
+    output = output or os.path.join(runs[0].folder, "report.html")
     folder = commands.make_folder(os.path.dirname(os.path.abspath(output)))
     alike = [(run, similar(run, searched, other)) for run in runs if searched for other in (None, *beside)]
     pictures = [("Most similar images", alike)]
@@ -261,8 +270,9 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.searched < 0:
         raise UserError("--searched is %d; it must be at least 0." % options.searched)
-    path = write(options.runs, options.output, options.searched, options.beside)
-    for what, (random, trained, gain) in accuracies([Run(folder) for folder in options.runs]).items():
+    runs = _runs(options.runs)
+    path = _write(runs, options.output, options.searched, options.beside)
+    for what, (random, trained, gain) in accuracies(runs).items():
         print(_printable("%s: random weights %s, pretrained %s, difference %s" % (what, random, trained, gain)))
     print("Wrote %s." % _printable(path))
 

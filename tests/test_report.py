@@ -71,6 +71,13 @@ def test_runs_are_compared_side_by_side(tmp_path):
     assert (tmp_path / "out" / "both_loss.png").exists()
 
 
+def test_accuracies_of_runs_of_one_name_are_printed_for_each(tmp_path, capsys):
+    runs = [make_run(tmp_path / "one"), make_run(tmp_path / "b" / "one")]
+    report.main(runs + ["--searched=0"])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(any(line.startswith("k-NN: %s: " % run) for line in lines) for run in runs), lines
+
+
 def test_only_a_run_like_the_published_one_is_called_comparable(tmp_path):
     like = make_run(tmp_path / "like", width_multiplier=1.0, dataset="cifar10", batch_size=512, num_epochs=200)
     other = make_run(tmp_path / "sgd", width_multiplier=1.0, dataset="cifar10", batch_size=512, optimizer="sgd")
