@@ -60,7 +60,7 @@ def embed(config: Config) -> Dict[str, Any]:
             if importlib.util.find_spec(module) is None:
                 raise UserError("--projection needs %s: pip install %s." % (package, package))
     device, encoder, say = evaluation.start(config)
-    data = evaluation.load_data(config, labelled=False, say=None if config.quiet or not device.is_chief else say)
+    data = evaluation.load_data(config, device, say, labelled=False)
     parts = [part for part in ("train", "test") if config.split in ("all", part)]
     number = sum(len(getattr(data, part + "_images")) for part in parts)
     fewest = 3 if config.projection else 1

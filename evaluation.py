@@ -81,12 +81,13 @@ def start(config: Config) -> Tuple[Device, Any, Say]:
     return device, encoder, say
 
 
-def load_data(config: Config, labelled: bool = True, say: Optional[Say] = None) -> Any:
+def load_data(config: Config, device: Optional[Device] = None, say: Optional[Say] = None, labelled: bool = True) -> Any:
     """The data set that the flags name, a datasets.Data. UserError if it is not to be had.
 
-    say: prints a line about decoded images. labelled: UserError also if it has not the labels, classes and test images that a
-    classifier needs.
+    device, say: as from `start`, to tell about images that are decoded; without, that is silent. labelled: UserError also if it has
+    not the labels, classes and test images that a classifier needs.
     """
+    say = say if device and device.is_chief and not config.quiet else None
     data = datasets.load(config.dataset, config.data_dir, image_size=config.image_size,
                          test_fraction=config.test_fraction, cache_dir=config.cache_dir, say=say, store_size=config.store_size)
     where = "The data set %s%s" % (config.dataset, " in %s" % config.data_dir if config.data_dir else "")

@@ -58,7 +58,7 @@ def finetune(config: Config) -> Dict[str, Any]:
     """
     started = time.time()
     device, encoder, say = evaluation.start(config)
-    data = evaluation.load_data(config, say=None if config.quiet or not device.is_chief else say)
+    data = evaluation.load_data(config, device, say)
     images, labels = data.train_images, data.train_labels
     if config.label_fraction < 1:
         chosen = choose(labels, config.label_fraction, config.seed)

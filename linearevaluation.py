@@ -56,7 +56,7 @@ def evaluate(config: Config) -> Dict[str, Any]:
     """
     started = time.time()
     device, encoder, say = evaluation.start(config)
-    data = evaluation.load_data(config, say=None if config.quiet or not device.is_chief else say)
+    data = evaluation.load_data(config, device, say)
     batch_size = evaluation.batch_size_for(config.batch_size, len(data.train_images), device, say)
     steps_per_epoch = len(data.train_images) // batch_size
     total_steps = steps_per_epoch * config.num_epochs
