@@ -50,6 +50,7 @@ class Clone:
     def start(self, line):
         environment = dict(os.environ, PATH=str(self.folder / "bin") + os.pathsep + os.environ["PATH"], PYTHONWARNINGS="ignore",
                            KERAS_HOME=str(self.folder / "keras"))
+        environment.pop("PYTHON", None)  # make PYTHON=... test hands it on, and the scripts would take it for theirs
         line = line if "\n" in line else "exec " + line
         return subprocess.Popen(line, shell=True, cwd=str(self.folder), env=environment, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, universal_newlines=True)
