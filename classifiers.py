@@ -81,7 +81,7 @@ class Classifier(tf.Module):
                 targets = targets * (1 - self._label_smoothing) + self._label_smoothing / self._num_classes
                 loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
                 scaled = self._device.scale_loss(self.optimizer, loss)
-        self._device.apply_gradients(self.optimizer, scaled, tape, weights)
+        self._device.apply_gradients(self.optimizer, tape.gradient(scaled, weights), weights)
         return loss,
 
     def train(self, batches: tf.data.Dataset, last_step: int, total_steps: int, steps_per_epoch: int, say: Say) -> None:

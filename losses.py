@@ -1,5 +1,5 @@
 """The loss of BYOL (arXiv:2006.07733, equation 2)."""
-from typing import Callable, Sequence
+from typing import Callable, List, Sequence
 
 import tensorflow as tf
 
@@ -19,19 +19,18 @@ def byol_loss(p: tf.Tensor, z: tf.Tensor) -> tf.Tensor:
     return 2.0 - 2.0 * tf.reduce_mean(tf.reduce_sum(p * z, axis=1))
 
 
-def multi_view_loss(predictions: Sequence[tf.Tensor], projections: Sequence[tf.Tensor]) -> tf.Tensor:
-    """`byol_loss` for k >= 2 views, where the target of each view's prediction is the mean of the other views' projections.
+def targets_of_views(projections: Sequence[tf.Tensor]) -> List[tf.Tensor]:
+    """What the prediction from each of k >= 2 views is held against: the mean of the other views' projections.
 
-    predictions, projections: k tensors (b, d) each, any float dtype, in the order of the views. Gives a float32 scalar in [0, 4]; for
-    k = 2 it is BYOL's symmetric loss. As in FastSiam (Pototzky et al., 2022), the projections are averaged as they are, longer ones
-    weighing more, and their mean is l2-normalised, being one side of a cosine. ValueError for other numbers of tensors.
+    projections: k tensors (b, d), any float dtype, in the order of the views. Gives k of float32. For k = 2 each is the other view's
+    projection, as in BYOL. As in FastSiam (Pototzky et al., 2022), the projections are averaged as they are, longer ones weighing
+    more; `byol_loss` normalises the mean, being one side of a cosine. ValueError for fewer than 2.
     """
     k = len(projections)
-    if len(predictions) != k or k < 2:
-        raise ValueError("%d predictions and %d projections: give as many of both, at least 2" % (len(predictions), k))
+    if k < 2:
+        raise ValueError("%d projections: there must be those of at least 2 views" % k)
     z = [tf.cast(projection, tf.float32) for projection in projections]
-    targets = [tf.add_n(z[:view] + z[view + 1:]) / (k - 1) for view in range(k)]
-    return byol_loss(tf.concat(predictions, axis=0), tf.concat(targets, axis=0))
+    return [tf.add_n(z[:view] + z[view + 1:]) / (k - 1) for view in range(k)]
 
 
 def projection_spread(z: tf.Tensor, over_replicas: Callable[[tf.Tensor], tf.Tensor] = tf.identity) -> tf.Tensor:

@@ -72,6 +72,8 @@ class Config(recipes.Recipe, npu_config.Options):
                                     low=1)
     perf: Optional[int] = flag(None, "As ModelZoo's performance script gives it. 0: end after %d batches, unless --max_steps says "
                                "otherwise; other numbers change nothing." % PERFORMANCE_STEPS, low=0)
+    views_at_once: Optional[int] = flag(None, "Views that pass the online networks together. 1: one after the other, the same figures "
+                                        "in little more than half of the memory and slightly more time. Default: all.", low=1)
     resume: bool = flag(True, "Go on from the newest checkpoint in output_dir, if there is one. --noresume starts anew.")
     overwrite: bool = flag(False, "With --noresume: overwrite the results of an earlier run.")
     quiet: bool = flag(False, "Print warnings and errors only.")
@@ -161,15 +163,25 @@ class Byol(tf.Module):
     def _update_online(self, *views: tf.Tensor) -> Tuple[tf.Tensor, tf.Tensor]:
         """One optimiser step on f, g and q, and the moving statistics of all. Gives loss and spread, float32 scalars."""
         z = [self.g_target(self.f_target(x, training=True), training=True) for x in views]
-        weights = self.online_weights
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(weights)
-            p = [self.q_online(self.g_online(self.f_online(x, training=True), training=True), training=True) for x in views]
-            with self._device.keep_float32():
-                loss = losses.multi_view_loss(p, z)  # of two views: p1 against z2 and p2 against z1
-                scaled = self._device.scale_loss(self.optimizer, loss)
-        self._device.apply_gradients(self.optimizer, scaled, tape, weights)
         with self._device.keep_float32():
+            targets = losses.targets_of_views(z)  # of two views: p1 is held against z2, and p2 against z1
+        weights, predictions, gradients = self.online_weights, [], None  # type: List[tf.Variable], List[tf.Tensor], Any
+        at_once = self._config.views_at_once or len(views)
+        for first in range(0, len(views), at_once):
+            with tf.control_dependencies(gradients):  # what the views before have left in memory is gone then
+                part = [tf.identity(x) for x in views[first:first + at_once]]
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(weights)
+                p = [self.q_online(self.g_online(self.f_online(x, training=True), training=True), training=True) for x in part]
+                with self._device.keep_float32():
+                    loss = losses.byol_loss(tf.concat(p, axis=0), tf.concat(targets[first:first + at_once], axis=0))
+                    scaled = self._device.scale_loss(self.optimizer, loss * (len(part) / len(views)))
+            more = tape.gradient(scaled, weights)
+            gradients = [one + other for one, other in zip(gradients, more)] if gradients else more
+            predictions += p
+        self._device.apply_gradients(self.optimizer, gradients, weights)
+        with self._device.keep_float32():
+            loss = losses.byol_loss(tf.concat(predictions, axis=0), tf.concat(targets, axis=0))
             return loss, losses.projection_spread(tf.concat(z, axis=0), self._device.mean)
 
     def _update_target(self) -> None:

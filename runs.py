@@ -31,9 +31,10 @@ from devices.base import Device
 
 # Settings that a run may change when it is resumed: they do not change what is computed.
 FREE = {"data_dir", "cache_dir", "output_dir", "device", "num_devices", "perf", "save_every", "log_every", "iterations_per_loop",
-        "max_steps", "save_checkpoints_steps", "keep_checkpoint_max", "knn_every", "resume", "overwrite", "quiet", "verbose",
-        "jit_compile", "hcom_parallel", "over_dump", "over_dump_path", "data_dump_flag", "data_dump_step", "data_dump_path",
-        "profiling", "profiling_dump_path", "auto_tune", "fusion_off_flag", "fusion_off_file", "check_npu", "npu_ops", "recipe"}
+        "max_steps", "views_at_once", "save_checkpoints_steps", "keep_checkpoint_max", "knn_every", "resume", "overwrite", "quiet",
+        "verbose", "jit_compile", "hcom_parallel", "over_dump", "over_dump_path", "data_dump_flag", "data_dump_step",
+        "data_dump_path", "profiling", "profiling_dump_path", "auto_tune", "fusion_off_flag", "fusion_off_file", "check_npu",
+        "npu_ops", "recipe"}
 # Settings in which the workers of one run may differ.
 LOCAL = {"data_dir", "cache_dir", "output_dir", "keep_checkpoint_max", "resume", "overwrite", "quiet", "verbose"}
 

@@ -134,12 +134,8 @@ class Device:
             raise UserError("--loss_scale is %s: give auto, dynamic, none or a number above 0." % value)
         return number
 
-    def apply_gradients(self, optimizer: Any, loss: tf.Tensor, tape: Any, weights: Sequence[tf.Variable]) -> None:
-        """One optimiser step on the mean over all replicas of the gradients of `loss`.
-
-        `loss` is as `scale_loss` gave it, made under `tape`.
-        """
-        gradients = tape.gradient(loss, weights)
+    def apply_gradients(self, optimizer: Any, gradients: List[tf.Tensor], weights: Sequence[tf.Variable]) -> None:
+        """One optimiser step on the mean over all replicas of the gradients of a loss as `scale_loss` gave it."""
         with self.keep_float32():
             if hasattr(optimizer, "get_unscaled_gradients"):
                 gradients = optimizer.get_unscaled_gradients(gradients)

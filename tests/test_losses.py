@@ -35,31 +35,37 @@ def test_byol_loss_of_half_precision_is_computed_in_float32():
     assert loss.dtype == tf.float32 and float(loss) == pytest.approx(0, abs=1e-6)
 
 
+def multi_view_loss(predictions, projections):
+    return losses.byol_loss(tf.concat(predictions, axis=0), tf.concat(losses.targets_of_views(projections), axis=0))
+
+
 @pytest.mark.parametrize("k", [2, 3, 4])
-def test_multi_view_loss_equals_numpy(k):
+def test_loss_of_several_views_equals_numpy(k):
     p, z = np.random.RandomState(k).randn(2, k, 16, 32) * np.linspace(0.5, 3, 16)[:, None]
     expected = np.mean([numpy_loss(p[view], np.delete(z, view, axis=0).mean(axis=0)) for view in range(k)])
-    found = losses.multi_view_loss(list(tf.constant(p, tf.float32)), list(tf.constant(z, tf.float32)))
+    found = multi_view_loss(list(tf.constant(p, tf.float32)), list(tf.constant(z, tf.float32)))
     assert found.dtype == tf.float32 and float(found) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [tf.float32, tf.float16])
-def test_multi_view_loss_of_two_views_is_byols(dtype):
-    p1, p2, z1, z2 = tf.cast(np.random.RandomState(3).randn(4, 16, 32), dtype)
-    expected = losses.byol_loss(tf.concat([p1, p2], axis=0), tf.concat([z2, z1], axis=0))
-    assert float(losses.multi_view_loss([p1, p2], [z1, z2])) == pytest.approx(float(expected), abs=1e-6)
+def test_each_of_two_views_is_held_against_the_other(dtype):
+    z1, z2 = tf.cast(np.random.RandomState(3).randn(2, 16, 32), dtype)
+    first, second = losses.targets_of_views([z1, z2])
+    assert first.dtype == second.dtype == tf.float32
+    np.testing.assert_array_equal(first, tf.cast(z2, tf.float32))
+    np.testing.assert_array_equal(second, tf.cast(z1, tf.float32))
 
 
-def test_multi_view_loss_at_its_ends_and_in_half_precision():
+def test_loss_of_several_views_at_its_ends_and_in_half_precision():
     z = tf.constant([[3e4, 3e4]], tf.float16)  # a sum of two overflows float16
-    assert float(losses.multi_view_loss([z, z, z], [z, z, z])) == pytest.approx(0, abs=1e-6)
-    assert float(losses.multi_view_loss([z, z, z], [-z, -z, -z])) == pytest.approx(4, abs=1e-6)
+    assert float(multi_view_loss([z, z, z], [z, z, z])) == pytest.approx(0, abs=1e-6)
+    assert float(multi_view_loss([z, z, z], [-z, -z, -z])) == pytest.approx(4, abs=1e-6)
 
 
-@pytest.mark.parametrize("predictions, projections", [(1, 1), (2, 3), (0, 0)])
-def test_multi_view_loss_wants_as_many_of_both(predictions, projections):
-    with pytest.raises(ValueError, match="%d predictions and %d projections" % (predictions, projections)):
-        losses.multi_view_loss([tf.zeros((2, 3))] * predictions, [tf.zeros((2, 3))] * projections)
+@pytest.mark.parametrize("k", [0, 1])
+def test_targets_need_two_views(k):
+    with pytest.raises(ValueError, match="%d projections: there must be those of at least 2 views" % k):
+        losses.targets_of_views([tf.zeros((2, 3))] * k)
 
 
 def test_spread():

@@ -82,6 +82,35 @@ def test_three_views_equal_their_recomputation():
     np.testing.assert_allclose(learner.f_online.stem_norm.moving_mean, twin.f_online.stem_norm.moving_mean, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("precision", ["must_keep_origin_dtype", "allow_mix_precision"])
+@pytest.mark.parametrize("number, at_once", [(2, 1), (3, 2)])
+def test_views_one_after_the_other_give_the_same(number, at_once, precision):
+    """With two views to the bit; the gradients of more are summed in another order."""
+    steps = [tuple(tf.random.stateless_uniform((8, 32, 32, 3), [view, step]) for view in range(number)) for step in range(3)]
+    learners = [make_learner(num_views=number, views_at_once=n, precision_mode=precision) for n in (None, at_once)]
+    for learner in learners:
+        dataset = tf.data.Dataset.from_tensor_slices(tuple(tf.stack(views) for views in zip(*steps)))
+        learner.train_loop(iter(dataset), tf.constant(3))
+    equal = np.testing.assert_array_equal if number == 2 else lambda a, b, name: np.testing.assert_allclose(
+        a, b, rtol=2e-2 if precision == "allow_mix_precision" else 1e-4, atol=1e-4, err_msg=name)
+    for mine, other in zip(*(learner.variables for learner in learners)):
+        equal(mine, other, mine.name)
+
+
+def test_views_one_after_the_other_wait_for_the_gradients_before():
+    """In the graph, the second view's images are handed on only when every gradient of the first view's part is there."""
+    graphs = []
+    for at_once in (None, 1):
+        learner = make_learner(views_at_once=at_once)
+        dataset, _ = views(1)
+        x1, x2 = next(iter(dataset))
+        graphs.append(tf.function(learner.train_step_pretraining).get_concrete_function(x1, x2).graph)
+    waiting = [[op for op in graph.get_operations() if op.type == "Identity" and op.inputs[0].op.type == "Placeholder"
+                and len(op.control_inputs) > 50] for graph in graphs]
+    assert [len(ops) for ops in waiting] == [0, 1]
+    assert waiting[1][0].inputs[0].op.name == "views_1"
+
+
 def test_target_starts_on_its_own_and_moves_by_the_average_only():
     learner = make_learner(target_momentum=0.99)
     assert not np.allclose(learner.f_online.weights[0], learner.f_target.weights[0])
