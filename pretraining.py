@@ -73,7 +73,7 @@ class Config(recipes.Recipe, npu_config.Options):
     perf: Optional[int] = flag(None, "As ModelZoo's performance script gives it. 0: end after %d batches, unless --max_steps says "
                                "otherwise; other numbers change nothing." % PERFORMANCE_STEPS, low=0)
     views_at_once: Optional[int] = flag(None, "Views that pass the online networks together. 1: one after the other, the same figures "
-                                        "in little more than half of the memory and slightly more time. Default: all.", low=1)
+                                        "in two thirds of the memory, 3 to 7 % slower. Default: all.", low=1)
     resume: bool = flag(True, "Go on from the newest checkpoint in output_dir, if there is one. --noresume starts anew.")
     overwrite: bool = flag(False, "With --noresume: overwrite the results of an earlier run.")
     quiet: bool = flag(False, "Print warnings and errors only.")

@@ -53,6 +53,18 @@ def batch(images, labels, key="labels", **array):
                        "data": py2_array(planes, **array), "filenames": py2_list([py2_str(b"a_s_0001.png")])})
 
 
+def write_cifar10(folder, training, test=50):
+    """CIFAR-10 of so many images of noise, in its official layout; the training images are a multiple of 5."""
+    folder = folder / "cifar-10-batches-py"
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.RandomState(0)
+    for i, name in enumerate(["data_batch_%d" % i for i in range(1, 6)] + ["test_batch"]):
+        count = training // 5 if i < 5 else test
+        images = random.randint(0, 256, (count, 32, 32, 3)).astype(np.uint8)
+        (folder / name).write_bytes(batch(images, random.randint(0, 10, count).tolist()))
+    (folder / "batches.meta").write_bytes(py2_dict(label_names=py2_list(py2_str(name.encode()) for name in NAMES)))
+
+
 def some_images(n, seed):
     return np.random.RandomState(seed).randint(0, 256, (n, 32, 32, 3)).astype(np.uint8)
 

@@ -6,11 +6,10 @@ import signal
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from command import begin_tiny, completed
 from conftest import ROOT
-from test_cifar import NAMES, batch, py2_dict, py2_list, py2_str
+from test_cifar import write_cifar10
 
 # Stands for python: the same commands with an encoder of one narrow block.
 PYTHON = """#!%s -B
@@ -34,18 +33,11 @@ class Clone:
             (folder / "bin").mkdir(exist_ok=True)
             (folder / "bin" / name).write_text(PYTHON % (sys.executable, ROOT))
             (folder / "bin" / name).chmod(0o755)
-        (folder / "keras" / "datasets" / "cifar-10-batches-py").mkdir(parents=True)
         self.give(images)
 
     def give(self, images):
         """Replace the training images by so many others."""
-        data = self.folder / "keras" / "datasets" / "cifar-10-batches-py"
-        random = np.random.RandomState(0)
-        for i, name in enumerate(["data_batch_%d" % i for i in range(1, 6)] + ["test_batch"]):
-            count = images // 5 if i < 5 else 50
-            pictures = random.randint(0, 256, (count, 32, 32, 3)).astype(np.uint8)
-            (data / name).write_bytes(batch(pictures, random.randint(0, 10, count).tolist()))
-        (data / "batches.meta").write_bytes(py2_dict(label_names=py2_list(py2_str(name.encode()) for name in NAMES)))
+        write_cifar10(self.folder / "keras" / "datasets", images)
 
     def start(self, line):
         environment = dict(os.environ, PATH=str(self.folder / "bin") + os.pathsep + os.environ["PATH"], PYTHONWARNINGS="ignore",

@@ -5,6 +5,7 @@ import tensorflow as tf
 
 import npu_config
 import pretraining
+from devices.host import BFLOAT16_ON_CPU
 
 
 def make_learner(**settings):
@@ -82,8 +83,9 @@ def test_three_views_equal_their_recomputation():
     np.testing.assert_allclose(learner.f_online.stem_norm.moving_mean, twin.f_online.stem_norm.moving_mean, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("precision", ["must_keep_origin_dtype", "allow_mix_precision"])
-@pytest.mark.parametrize("number, at_once", [(2, 1), (3, 2)])
+@pytest.mark.parametrize("number, at_once, precision", [
+    (2, 1, "must_keep_origin_dtype"), (3, 2, "must_keep_origin_dtype"),
+    pytest.param(2, 1, "allow_mix_precision", marks=pytest.mark.skipif(not BFLOAT16_ON_CPU, reason="no bfloat16 on this CPU"))])
 def test_views_one_after_the_other_give_the_same(number, at_once, precision):
     """With two views to the bit; the gradients of more are summed in another order."""
     steps = [tuple(tf.random.stateless_uniform((8, 32, 32, 3), [view, step]) for view in range(number)) for step in range(3)]
@@ -92,7 +94,7 @@ def test_views_one_after_the_other_give_the_same(number, at_once, precision):
         dataset = tf.data.Dataset.from_tensor_slices(tuple(tf.stack(views) for views in zip(*steps)))
         learner.train_loop(iter(dataset), tf.constant(3))
     equal = np.testing.assert_array_equal if number == 2 else lambda a, b, name: np.testing.assert_allclose(
-        a, b, rtol=2e-2 if precision == "allow_mix_precision" else 1e-4, atol=1e-4, err_msg=name)
+        a, b, rtol=1e-4, atol=1e-4, err_msg=name)
     for mine, other in zip(*(learner.variables for learner in learners)):
         equal(mine, other, mine.name)
 
@@ -108,7 +110,7 @@ def test_views_one_after_the_other_wait_for_the_gradients_before():
     waiting = [[op for op in graph.get_operations() if op.type == "Identity" and op.inputs[0].op.type == "Placeholder"
                 and len(op.control_inputs) > 50] for graph in graphs]
     assert [len(ops) for ops in waiting] == [0, 1]
-    assert waiting[1][0].inputs[0].op.name == "views_1"
+    assert waiting[1][0].inputs[0].op.name.endswith("_1")  # args_1, views_1: the second one
 
 
 def test_target_starts_on_its_own_and_moves_by_the_average_only():
