@@ -60,8 +60,6 @@ def start(config: Config) -> Tuple[Device, Any, Say]:
     if not config.encoder_weights:
         raise UserError("--encoder_weights is missing: give a file that pretraining.py wrote, such as f_online_200.h5, the name of an "
                         "encoder that comes with the program (%s), or none for random weights." % ", ".join(sorted(weights.SHIPPED)))
-    config = dataclasses.replace(config, **weights.shipped(config.encoder_weights))
-    path = config.encoder_weights or "none"
     device = npu_config.open_device(config, alone=True)
     device.set_seed(config.seed)
     if device.is_chief:
@@ -73,11 +71,13 @@ def start(config: Config) -> Tuple[Device, Any, Say]:
 
     if device.advice:
         say(device.advice)
-    stem = config.stem or weights.stem_of(path) or models.default_stem(config.image_size)
+    layers = {"norm": device.batch_norm, "conv": device.convolution}
     with device.scope():
-        encoder = models.ENCODERS[config.encoder](config.width_multiplier, norm=device.batch_norm, conv=device.convolution, stem=stem)
-    if path != "none":
-        weights.load_weights(encoder, path)
+        if config.encoder_weights == "none":
+            stem = config.stem or models.default_stem(config.image_size)
+            encoder = models.ENCODERS[config.encoder](config.width_multiplier, stem=stem, **layers)
+        else:
+            encoder = weights.load_encoder(config.encoder_weights, config.encoder, config.width_multiplier, config.stem, **layers)
     return device, encoder, say
 
 

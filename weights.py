@@ -90,6 +90,21 @@ def shipped(name: str) -> Dict[str, Any]:
     return dict(SHIPPED[name], encoder_weights=os.path.join(folder, name + ".h5"))
 
 
+def load_encoder(path: str, encoder: str = "resnet18", width_multiplier: float = 1.0, stem: Optional[str] = None,
+                 **layers: Any) -> Any:
+    """The encoder of a weights file, as a Keras 2 model: images (n, s, s, 3) float32 in [0, 1] to features float32 (n, d).
+
+    path: a file, or a name in SHIPPED, whose architecture and width are known. Else encoder: a name in models.ENCODERS, and
+    width_multiplier: as in pretraining. stem: by default the file's. layers: as models.ResNet takes them. UserError as `load_weights`.
+    """
+    known = shipped(path)
+    path, encoder, width_multiplier = (known.get(name, value) for name, value in (
+        ("encoder_weights", path), ("encoder", encoder), ("width_multiplier", width_multiplier)))
+    network = models.ENCODERS[encoder](width_multiplier, stem=stem or stem_of(path) or "cifar", **layers)
+    load_weights(network, path)
+    return network
+
+
 def stem_of(path: str) -> Optional[str]:
     """Which of models.STEMS an encoder's file has; None if that cannot be told, of which `load_weights` then gives the reason."""
     try:

@@ -10,6 +10,7 @@ from conftest import ROOT
 import datasets
 import embed
 import evaluation
+import models
 import weights
 
 FEATURES = json.load(open(os.path.join(ROOT, "tests", "shipped_features.json")))
@@ -57,3 +58,17 @@ def test_a_file_of_ones_own_goes_before_a_name(tmp_path, monkeypatch):
     assert weights.shipped("cifar10-narrow")["encoder_weights"].endswith("cifar10-narrow.h5")
     (tmp_path / "cifar10-narrow").write_bytes(b"")
     assert weights.shipped("cifar10-narrow") == {} == weights.shipped("f_online_200.h5")
+
+
+@pytest.mark.parametrize("name", sorted(weights.SHIPPED))
+def test_it_is_a_part_of_a_keras_model_of_ones_own(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(str(tmp_path))
+    encoder = weights.load_encoder(name)
+    model = models.keras.Sequential([encoder, models.keras.layers.Dense(3)])
+    x = np.float32(image()) / 255
+    before = encoder(x, training=False).numpy()
+    np.testing.assert_allclose(before[0, :8], FEATURES[name], rtol=1e-3, atol=1e-4)
+    encoder.trainable = False
+    model.compile("adam", models.keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(np.repeat(x, 8, axis=0), np.zeros(8, np.int32), epochs=1, verbose=0)
+    np.testing.assert_array_equal(encoder(x, training=False), before)
