@@ -21,6 +21,7 @@ import augmentation
 from sources import image_files
 
 BAR = "{desc} |{bar}| step {n_fmt}/{total_fmt}{postfix}, {remaining} left"
+WIDE = 100  # columns of a terminal where everything stands beside a bar
 SHEET = 16  # images on a sheet of views
 SHEET_COLUMNS = 8
 TILE = 96  # pixels that an image on the sheet has at least, enlarged by a whole number
@@ -67,30 +68,35 @@ class Progress:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # also what Python flushes at its end
 
     def wait(self, what: str) -> None:
-        """Tell what begins now and may take long, such as 'Reading the data set'. Off a terminal only --verbose does."""
+        """Tell what begins now and may take long, such as 'Reading the data set'. Off a terminal only before the first step."""
         if self._bar is None:
-            if self._shown:
-                logging.info("%s...", what)
+            if not self._begun:
+                self.say(what + "...")
             return
         self._waiting = True
         self._bar.bar_format = "{desc}"
         self._bar.set_description_str(what + "...")
 
-    def step(self, step: int, total: int, epoch: str, loss: float, batch_size: int) -> None:
-        """Show the bar as of `step` of `total`. epoch: such as '3/200'. Its clock starts at the first call."""
-        bar = self._bar
+    def step(self, step: int, total: int, epoch: str, loss: float, batch_size: int, knn: Optional[float] = None) -> None:
+        """Show the bar as of `step` of `total`. epoch: such as '3/200'. knn: the last accuracy. Its clock starts at the first call."""
+        bar, begun = self._bar, self._begun
+        self._begun = True
         if bar is None:
             return
-        if not self._begun:
+        if not begun:
             bar.reset(total)
             bar.initial = bar.n = bar.last_print_n = step
-            self._begun = True
         elif self._waiting:
             bar.unpause()  # what was waited for is no part of the speed
         bar.bar_format = BAR
         rate = bar.format_dict["rate"]
         bar.set_description_str("Epoch " + epoch, refresh=False)
-        bar.set_postfix_str("loss %.4f" % loss + (", %.0f images/s" % (rate * batch_size) if rate else ""), refresh=False)
+        told = ["loss %.4f" % loss]
+        if knn is not None:
+            told.append("k-NN %.1f %%" % (100 * knn))
+        if rate and (knn is None or (bar.format_dict["ncols"] or 0) >= WIDE):
+            told.append("%.0f images/s" % (rate * batch_size))
+        bar.set_postfix_str(", ".join(told), refresh=False)
         bar.update(step - bar.n)
         if self._waiting:
             bar.refresh()

@@ -168,7 +168,7 @@ class Run:
         self.history.losses += [float(loss) for loss in recent[0]]
         epoch, batch = self._epoch_and_batch()
         self.shown.step(self.step, self.last_step, "%d/%d" % (epoch, self.config.num_epochs), self.history.losses[-1],
-                        self.config.batch_size)
+                        self.config.batch_size, self.history.knn[-1]["accuracy"] if self.history.knn else None)
         if batch % self.config.log_every == 0:
             self._log(*[float(figure) for figure in recent[:3, -1]])
         if batch == self.steps_per_epoch:

@@ -18,13 +18,34 @@ def events(folder):
             for record in tf.data.TFRecordDataset(path)]
 
 
-def test_off_a_terminal_there_are_the_lines_alone(capsys):
+def test_off_a_terminal_there_are_lines_alone(capsys):
+    """What is waited for before the first step is one of them."""
     with progress.Progress() as shown:
         shown.wait("Reading the data set")
         shown.say("one")
         shown.step(1, 10, "1/2", 0.5, 64)
+        shown.wait("Evaluating")
         shown.say("two")
-    assert tuple(capsys.readouterr()) == ("one\ntwo\n", "")
+    assert tuple(capsys.readouterr()) == ("Reading the data set...\none\ntwo\n", "")
+
+
+@pytest.mark.parametrize("columns", [40, 80, 120])
+def test_the_bar_fits_the_terminal(capsys, monkeypatch, columns):
+    now = [1000.0]
+    with progress.Progress(terminal=True) as shown:
+        monkeypatch.setattr(shown._bar, "_time", lambda: now[0])
+        monkeypatch.setattr(shown._bar, "dynamic_ncols", lambda stream: (columns, 24))
+        for step, knn in ((12000, None), (12005, None), (12010, None), (12020, 0.5678)):
+            now[0] += 20
+            shown.step(step, 19400, "124/200", 0.51234, 512, knn)
+            shown._bar.refresh()
+    lines = [part for part in capsys.readouterr().err.split("\r") if "Epoch" in part]
+    assert max(map(len, lines)) <= columns
+    assert ("images/s" in lines[-1]) == (columns >= 100)
+    if columns >= 80:
+        before = [line for line in lines if "step 12010/" in line][-1]
+        assert "images/s" in before and "left" in before
+        assert "step 12020/19400, loss 0.5123, k-NN 56.8 %" in lines[-1] and lines[-1].strip().endswith(" left")
 
 
 def test_quiet_prints_nothing(capsys):
