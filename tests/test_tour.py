@@ -25,7 +25,8 @@ def check(text):
               for name in ("BYOL", "without predictor", "target that stays")}
     assert spread["without predictor"] < 0.03 < 0.045 < spread["BYOL"] < spread["target that stays"]
     for line in ("k-NN accuracy", "with 500 labels"):
-        random, trained = map(float, re.search("%s: random weights %s %%, cifar10-narrow %s %%" % (line, NUMBER, NUMBER), text).groups())
+        found = re.search("%s: random weights %s %%, cifar10-narrow %s %%" % (line, NUMBER, NUMBER), text)
+        random, trained = map(float, found.groups())
         assert trained > 1.3 * random
 
 
