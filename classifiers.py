@@ -90,17 +90,17 @@ class Classifier(tf.Module):
         Tells how long it will take, and the loss at an epoch's end, at most once a second. UserError if that is not finite, or loss
         scaling has skipped a whole epoch.
         """
-        step, calls, seconds_a_step, since = 0, 0, None, time.time()  # type: int, int, Optional[float], float
+        step, calls, seconds_a_step, since = 0, 0, None, time.monotonic()  # type: int, int, Optional[float], float
         say("Training for %d steps, %d an epoch..." % (last_step, steps_per_epoch))
         iterator = self._device.iterate(batches)
         while step < last_step:
             n = min(steps_per_epoch - step % steps_per_epoch, last_step - step)
             n = self._device.steps_a_call(n, seconds_a_step)
             self._device.set_loop_size(n)
-            began = time.time()
+            began = time.monotonic()
             self.train_loop(iterator, tf.constant(n))
             loss, scale, skipped, in_a_row = self.recent.numpy().tolist()
-            seconds_a_step = (time.time() - began) / n
+            seconds_a_step = (time.monotonic() - began) / n
             step, calls = step + n, calls + 1
             left = (last_step - step) * seconds_a_step
             if calls == 2 and left > 60:  # the first has compiled the loop as well
@@ -109,12 +109,12 @@ class Classifier(tf.Module):
                                                                              steps_per_epoch, scale)
             if problem:
                 raise UserError("%s; try a lower --learning_rate, or --precision_mode must_keep_origin_dtype." % problem)
-            if step == last_step or step % steps_per_epoch == 0 and time.time() - since > 1:
+            if step == last_step or step % steps_per_epoch == 0 and time.monotonic() - since > 1:
                 epoch, batch = (step - 1) // steps_per_epoch + 1, (step - 1) % steps_per_epoch + 1
                 # Not in pretraining's words, Loss= and Time=, which ModelZoo's scripts look for in one log of both.
+                seconds, since = time.monotonic() - since, time.monotonic()
                 say("[Epoch %d/%d Batch %d/%d] loss %.5f, %.2f s%s" % (epoch, total_steps // steps_per_epoch, batch, steps_per_epoch,
-                                                                       loss, time.time() - since, health.told(scale, int(skipped))))
-                since = time.time()
+                                                                       loss, seconds, health.told(scale, int(skipped))))
 
     def figures(self) -> Dict[str, float]:
         """Of the latest step: loss, and where it is scaled, loss_scale and how many steps were skipped."""

@@ -56,7 +56,7 @@ def embed(config: Config) -> Dict[str, Any]:
     """Compute the features of a data set: all that the command does. Gives the arrays of embeddings.npz, or with config.export the
     names of the frozen graph's input and output. UserError for what the user can mend.
     """
-    started = time.time()
+    started = time.monotonic()
     if config.export:
         return _export(config, started)
     if config.projection:
@@ -201,7 +201,7 @@ def _export(config: Config, started: float) -> Dict[str, str]:
     _, encoder, say = evaluation.start(config)
     names = export(encoder, config.image_size, config.export)
     commands.write_result(os.path.join(config.export, "result_export.json"), dict(
-        names, config=dataclasses.asdict(config), dimensions=encoder.features, seconds=time.time() - started))
+        names, config=dataclasses.asdict(config), dimensions=encoder.features, seconds=time.monotonic() - started))
     saved_model, size = os.path.join(config.export, "saved_model"), config.image_size
     say("Wrote %s: tf.saved_model.load(%r).embed(images)['features'], images uint8 (n, %d, %d, 3)."
         % (saved_model, saved_model, size, size))

@@ -104,7 +104,7 @@ def write_result(name: str, config: Config, device: Device, data: datasets.Data,
                  figures: Dict[str, Any]) -> Dict[str, Any]:
     """Write result_<name>.json into output_dir: the figures, on which data, by which flags, in which time. Gives the figures."""
     if device.is_chief:
-        about = {"seconds": time.time() - started, "device": device.describe(),
+        about = {"seconds": time.monotonic() - started, "device": device.describe(),
                  "config": dataclasses.asdict(config), "train_images": len(data.train_images),
                  "test_images": len(data.test_images), "classes": len(data.class_names)}
         path = os.path.join(config.output_dir, "result_%s.json" % name)

@@ -56,7 +56,7 @@ def finetune(config: Config) -> Dict[str, Any]:
     test_accuracy_top5 (of more than 5 classes), labels, loss, steps, epochs, per_class, confusion. UserError for what the user can
     mend.
     """
-    started = time.time()
+    started = time.monotonic()
     device, encoder, say = evaluation.start(config)
     data = evaluation.load_data(config, device, say)
     images, labels = data.train_images, data.train_labels

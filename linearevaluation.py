@@ -54,7 +54,7 @@ def evaluate(config: Config) -> Dict[str, Any]:
     """Train a linear head on a frozen encoder: all that the command does. Gives the figures of result_linearevaluation.json:
     test_accuracy, knn (with config.knn), loss, steps, seconds_of_training. UserError for what the user can mend.
     """
-    started = time.time()
+    started = time.monotonic()
     device, encoder, say = evaluation.start(config)
     data = evaluation.load_data(config, device, say)
     batch_size = evaluation.batch_size_for(config.batch_size, len(data.train_images), device, say)
@@ -82,9 +82,9 @@ def evaluate(config: Config) -> Dict[str, Any]:
                              end=LAST_RATE * config.learning_rate, power=POWER)
     classifier = classifiers.Classifier(device, None if config.cached_features else encoder, encoder.features,
                                         len(data.class_names), rate, config.label_smoothing)
-    training = time.time()
+    training = time.monotonic()
     classifier.train(batches, last_step, total_steps, steps_per_epoch, say)
-    training = time.time() - training
+    training = time.monotonic() - training
 
     say("Computing the features of %d test images..." % len(data.test_images))
     test = evaluation.features(encoder, data.test_images, size=config.image_size)

@@ -237,9 +237,9 @@ def take_steps(learner: Byol, run: runs.Run, device: Device, data: datasets.Data
     while run.goes_on():
         n = run.steps_to_take()
         device.set_loop_size(n)
-        began = time.time()
+        began = time.monotonic()
         learner.train_loop(iterator, tf.constant(n))
-        run.took(learner.recent.numpy()[:, -n:], time.time() - began)
+        run.took(learner.recent.numpy()[:, -n:], time.monotonic() - began)
 
 
 def describe(learner: Byol, config: Config, say: Callable[[str], None]) -> None:

@@ -6,6 +6,7 @@ All of it is done by the host between calls of the training loop, so nothing of 
 """
 import contextlib
 import os
+import re
 import socket
 import sys
 import time
@@ -42,6 +43,8 @@ class Progress:
         self._begun = self._waiting = False
         if shown and (sys.stdout.isatty() and sys.stderr.isatty() if terminal is None else terminal):
             self._bar = tqdm(file=sys.stderr, bar_format="{desc}", dynamic_ncols=True, leave=False)
+            self._bar._time = time.monotonic  # the time of day may be set back, and a bar by it would stand still until then
+            self._bar.reset()
             self._handler = logging.get_absl_handler().python_handler
             self._stream = self._handler.stream
             self._handler.stream = DummyTqdmFile(self._stream)  # so that warnings come above the bar, not into it
@@ -107,12 +110,14 @@ class Curves:
     """TensorBoard's files in a folder, written without tf.summary: no operator runs, and tensorboard need not be installed.
 
     first_step: the step that the run stands at. TensorBoard drops what an earlier file, of a run that was cut
-    off, holds of later steps.
+    off, holds of later steps. It tells earlier files by their names, so each gets a later time than those that are there.
     """
 
     def __init__(self, folder: str, first_step: int) -> None:
         os.makedirs(folder, exist_ok=True)
-        name = "events.out.tfevents.%d.%s.%d.byol" % (time.time(), socket.gethostname(), os.getpid())
+        before = re.findall(r"^events\.out\.tfevents\.(\d{10})\.", "\n".join(os.listdir(folder)), re.MULTILINE)
+        second = max([int(time.time())] + [int(other) + 1 for other in before])
+        name = "events.out.tfevents.%010d.%s.%d.byol" % (second, socket.gethostname(), os.getpid())
         self._file = tf.io.TFRecordWriter(os.path.join(folder, name))  # type: Any
         self._write(0, file_version="brain.Event:2")
         start = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)

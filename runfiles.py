@@ -2,6 +2,7 @@
 import glob
 import json
 import os
+import re
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
@@ -110,8 +111,7 @@ class Run:
 
     def weights(self) -> Optional[str]:
         """The newest of the encoder's weight files."""
-        paths = _newest_last(os.path.join(glob.escape(self.folder), "f_online_*.h5"))
-        return paths[-1] if paths else None
+        return newest_weights(self.folder, self.steps_per_epoch)
 
     def _readings(self) -> Dict[str, reading.Reading]:
         told, log, knn = {}, self.log, self.knn
@@ -173,6 +173,13 @@ def _measure(command: str, settings: Dict[str, Any]) -> str:
         return "fine-tuned" + (" on %g %% of the labels" % (100 * part) if _can_be("label_fraction", part) else "") + (
             ", encoder frozen" if settings.get("freeze") else "")
     return short(command, 60)
+
+
+def newest_weights(folder: str, steps_per_epoch: int) -> Optional[str]:
+    """Of the files of an encoder's weights in a run's folder the one after most steps; None if there is none."""
+    names = re.findall(r"^(f_online_(step_)?(\d{1,18})\.h5)$", "\n".join(os.listdir(folder)), re.MULTILINE)
+    steps = {name: int(number) * (1 if step else steps_per_epoch) for name, step, number in names}
+    return os.path.join(folder, max(steps, key=lambda name: steps[name])) if steps else None
 
 
 def _newest_last(*patterns: str) -> List[str]:

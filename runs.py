@@ -25,6 +25,7 @@ import evaluation
 import health
 import models
 import progress
+import runfiles
 import weights
 from commands import UserError
 from devices.base import Device
@@ -37,6 +38,7 @@ FREE = {"data_dir", "cache_dir", "output_dir", "device", "num_devices", "perf", 
         "npu_ops", "recipe"}
 # Settings in which the workers of one run may differ.
 LOCAL = {"data_dir", "cache_dir", "output_dir", "keep_checkpoint_max", "resume", "overwrite", "quiet", "verbose"}
+MANY = 20000  # steps after which the files of all losses and figures are no longer written at each checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Run:
     def __init__(self, config: Any, device: Device, data: datasets.Data, shown: progress.Progress) -> None:
         self.config, self.device, self.data, self.shown = config, device, data, shown
         self.say = shown.say
-        self.started = self.since = time.time()
+        self.started = self.since = time.monotonic()
         self.steps_per_epoch = len(data.train_images) // config.batch_size
         if self.steps_per_epoch == 0:
             raise UserError("--batch_size %d is larger than the data set, which has %d training images."
@@ -89,7 +91,7 @@ class Run:
         self.images_crc = zlib.crc32(np.asarray(data.train_images[::len(data.train_images) // 1000 + 1]).tobytes())  # of some
         self.history = checkpoints.History()
         self.signals = commands.Signals()
-        self.step = self.saved = self.logged = 0  # steps taken, steps as of the newest checkpoint and log line
+        self.step = self.saved = self.logged = self.listed = 0  # steps taken; as of the newest checkpoint, log line, losses.txt
         self.seconds_a_step = None  # type: Optional[float]
         if device.advice:
             self.say(device.advice)
@@ -133,7 +135,7 @@ class Run:
                 self.curves.image(0, "views", png, height, width)
         with self._settled():
             self._evaluate_knn()
-        self.since = time.time()
+        self.since = time.monotonic()
 
     # Between two calls of the loop
 
@@ -181,7 +183,7 @@ class Run:
                         self._save_weights("f_online_%d.h5" % epoch)
                     self._evaluate_knn()
             self._save()
-            self.since, self.logged = time.time(), self.step
+            self.since, self.logged = time.monotonic(), self.step
 
     def _settled(self) -> ContextManager[None]:
         """For what is evaluated or saved: each step has updated the statistics of BatchNorm once for each view."""
@@ -194,7 +196,7 @@ class Run:
     def _log(self, loss: float, spread: float, scale: float = 0) -> None:
         """The known line, and after it what else is worth knowing."""
         self._check_finite(weights=False)  # reading them all is for when they are saved
-        (epoch, batch), seconds = self._epoch_and_batch(), time.time() - self.since
+        (epoch, batch), seconds = self._epoch_and_batch(), time.monotonic() - self.since
         seconds_a_step = seconds / (self.step - self.logged)
         images_a_second = self.config.batch_size / seconds_a_step
         left = int((self.last_step - self.step) * seconds_a_step)
@@ -214,7 +216,7 @@ class Run:
                         health.collapsed(spread, self.learner.g_online.features, self.step)):
             if warning:
                 logging.warning("%s", warning)
-        self.since, self.logged = time.time(), self.step
+        self.since, self.logged = time.monotonic(), self.step
 
     def _check_finite(self, weights: bool = True) -> None:
         """UserError if a loss since the last look, or a weight now, is not a finite number; none of it has been saved then."""
@@ -262,11 +264,13 @@ class Run:
         """Checkpoint, losses and figures, as of this step."""
         if self.device.is_chief:
             self.checkpoints.save(self.step)
-            self._write_losses()
+            if self.step < MANY or self.step - self.listed > self.listed // 20:  # else it would be most of a very long run's work
+                self._write_losses()
         self.saved = self.step
 
     def _write_losses(self) -> None:
-        if self.device.is_chief:
+        if self.device.is_chief and self.listed != self.step:
+            self.listed = self.step
             commands.write_atomically(self.path("losses.txt"), "".join("%.9g\n" % loss for loss in self.history.losses))
             commands.write_json(self.path("metrics.json"), {"log": self.history.log, "knn": self.history.knn})
 
@@ -278,8 +282,7 @@ class Run:
         if self.saved != self.step:
             self._check_finite()
             self._save()
-        elif self.step:
-            self._write_losses()  # which a run that was killed after its last checkpoint has not done
+        self._write_losses()  # which a run that was killed after its last checkpoint has not done, nor a very long one
         if self.step and not self._stopped():  # the end, of all epochs or that --max_steps asked for
             name = "f_online_step_%d.h5" % self.step if batch else "f_online_%d.h5" % epoch
             if not os.path.exists(self.path(name)):
@@ -291,20 +294,16 @@ class Run:
                      % (signal.Signals(self.signals.number).name, self.step))
         else:
             self._compare()
-        result = Result(self.config.output_dir, self.step, self._newest_weights(), self.history)
+        newest = runfiles.newest_weights(self.config.output_dir, self.steps_per_epoch) if self.device.is_chief else None
+        result = Result(self.config.output_dir, self.step, newest, self.history)
         if self.device.is_chief:
-            log = self.history.log
+            log, seconds = self.history.log, time.monotonic() - self.started
             commands.write_result(self.path("result.json"), {
                 "steps": self.step, "loss": self.history.losses[-1] if self.history.losses else None,
                 "spread": log[-1]["spread"] if log else None, "knn": result.knn,
-                "seconds": time.time() - self.started, "device": self.device.describe(), "config": dataclasses.asdict(self.config)})
+                "seconds": seconds, "device": self.device.describe(), "config": dataclasses.asdict(self.config)})
         self.signals.check()
         return result
-
-    def _newest_weights(self) -> Optional[str]:
-        names = [name for name in os.listdir(self.config.output_dir) if name.startswith("f_online_") and name.endswith(".h5")
-                 ] if self.device.is_chief else []
-        return max(map(self.path, names), key=os.path.getmtime) if names else None
 
     def _compare(self) -> None:
         """Tell what training did to the k-NN accuracy, where it was evaluated before and after, and if nothing, that too."""

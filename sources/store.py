@@ -222,7 +222,7 @@ class Store:
         self._remove_left_behind()
         self._say("Decoding %d of %d images of %s into %s, once: later starts find them there."
                   % (len(todo), len(self._source.names), printable(self._source.title), printable(self.folder)))
-        began = time.time()
+        began = time.monotonic()
         flags = os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if compact else 0)
         with open(os.open(self._path(self._pixels_name), flags, 0o666), "rb+") as file:
             if compact:
@@ -235,17 +235,19 @@ class Store:
             file.seek(committed * image)
             with tqdm(total=len(todo), desc="Decoding", unit=" images", leave=False, dynamic_ncols=True, file=sys.stderr,
                       disable=None if self._shown else True) as bar:
-                next_commit, pause = time.time() + SECONDS_A_COMMIT, SECONDS_A_COMMIT
+                bar._time = time.monotonic  # the time of day may be set back
+                bar.reset()
+                next_commit, pause = time.monotonic() + SECONDS_A_COMMIT, SECONDS_A_COMMIT
                 try:
                     for index, result in zip(todo.tolist(), self._source.load(todo.tolist(), self._size)):
                         self._take(index, result, file)
                         bar.update()
-                        if time.time() > next_commit:
-                            started = time.time()
+                        if time.monotonic() > next_commit:
+                            started = time.monotonic()
                             self._commit(file)
                             committed = self._length
-                            pause = max(pause, 20 * (time.time() - started))  # a large index takes its time
-                            next_commit = time.time() + pause
+                            pause = max(pause, 20 * (time.monotonic() - started))  # a large index takes its time
+                            next_commit = time.monotonic() + pause
                     self._commit(file)
                     committed = self._length
                 except BaseException:
@@ -255,7 +257,7 @@ class Store:
         self.decoded = len(todo)
         self._remove_left_behind()
         self._open()
-        self._say("Decoded %d images in %.0f s." % (len(todo), time.time() - began))
+        self._say("Decoded %d images in %.0f s." % (len(todo), time.monotonic() - began))
 
     def _take(self, i: int, result: Result, file: Any) -> None:
         self.reasons.pop(i, None)
