@@ -2,16 +2,19 @@
 
 The checkpoint of a step is TensorFlow's own, ckpt-<step>.index and .data-*, in which each tensor has its checksum. Beside it
 stands ckpt-<step>.json with the run's History and checksums of the index and of itself. It is written last: without it a
-checkpoint is not finished. The folder is marked as this program's, and only what bears such names in it is ever removed.
+checkpoint is not finished. In a long run it has only the latest History: what is older stands, written once, in
+history-<step>.json for all checkpoints that come after, so that one takes no longer late in a run than early. The folder is
+marked as this program's, and only what bears such names in it is ever removed.
 """
 import contextlib
 import glob
+import itertools
 import json
 import os
 import re
 import shutil
 import zlib
-from typing import Any, Container, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Container, Dict, Iterator, List, Optional, Sequence
 
 import tensorflow as tf
 from absl import logging
@@ -25,6 +28,8 @@ SUMS = ".sha256.json"  # instead of .json in the layout before this one, which h
 HISTORY = "history/.ATTRIBUTES/py_state"  # and there by this name
 FILES = re.compile(r"(?:\.tmp-\w{8}-)?ckpt-(0|[1-9][0-9]*)(_temp|(\.index|\.data-\d+-of-\d+)(\.tempstate\d+)?|(\.sha256)?\.json)$"
                    r"|checkpoint(\.tmp\w*)?$")  # the latter is a list that TensorFlow kept in the layout before
+PART = 20000  # steps after which a part of the History gets a file of its own
+PARTS = re.compile(r"(?:\.tmp-\w{8}-)?history-([1-9][0-9]*)\.json$")
 RESULTS = r"(config\.json|losses\.txt|metrics\.json|result\.json|views\.png|f_online_(step_)?\d+\.h5)$"
 CURVES = os.path.join("logs", "events.out.tfevents.*.byol")  # as progress.Curves names them
 OUR_SETTINGS = {"encoder", "target_momentum", "images_crc"}  # in its config.json, and hardly in another's
@@ -43,6 +48,22 @@ class History:
         self.knn = []  # type: List[Dict[str, float]]
         self.skipped = []  # type: List[int]
 
+    def after(self, step: int) -> Dict[str, List[Any]]:
+        """The part of it that came after this step; after step 0: all. In time that depends on that part alone."""
+        if step == 0:
+            return dict(vars(self))
+
+        def latest(figures: List[Any], step_of: Callable[[Any], int]) -> List[Any]:
+            return list(itertools.takewhile(lambda each: step_of(each) > step, reversed(figures)))[::-1]
+
+        return {"losses": self.losses[step:], "log": latest(self.log, lambda line: int(line["step"])),
+                "knn": latest(self.knn, lambda line: int(line["step"])), "skipped": latest(self.skipped, int)}
+
+    def take(self, parts: Sequence[Dict[str, List[Any]]]) -> None:
+        """Become what these parts are together."""
+        for name in vars(self):
+            setattr(self, name, [each for part in parts for each in part.get(name, [])])
+
 
 @tf.function
 def all_finite(variables: Sequence[tf.Variable]) -> tf.Tensor:
@@ -59,6 +80,7 @@ class Checkpoints:
     def __init__(self, folder: str, state: Dict[str, Any], history: History, keep: int) -> None:
         self._folder, self._history, self._keep = folder, history, keep
         self._checkpoint = tf.train.Checkpoint(**state)
+        self._parts = []  # type: List[List[int]]  # of the History, that have files: the step each goes up to, and its checksum
 
     def save(self, step: int) -> str:
         """Write the state as of `step` and drop the oldest beyond `keep`. UserError if the disk will not take it."""
@@ -73,7 +95,13 @@ class Checkpoints:
             for name in glob.glob(glob.escape(path) + ".*"):  # on the disk, not only in its cache, before the JSON vouches for it
                 with open(name, "rb+") as file:
                     os.fsync(file.fileno())
-            commands.write_atomically(path + ".json", _sealed({"history": vars(self._history), "index": _crc_of_index(path)}))
+            packed = self._parts[-1][0] if self._parts else 0
+            if step - packed >= PART:
+                text = _sealed(self._history.after(packed))
+                commands.write_atomically(_part(self._folder, step), text)
+                self._parts, packed = self._parts + [[step, zlib.crc32(text.encode())]], step
+            content = {"history": self._history.after(packed), "index": _crc_of_index(path)}
+            commands.write_atomically(path + ".json", _sealed(dict(content, parts=self._parts) if self._parts else content))
         except (OSError, UserError, tf.errors.OpError) as error:
             with contextlib.suppress(OSError):
                 _remove(self._folder, before)
@@ -96,7 +124,8 @@ class Checkpoints:
                     if "history" not in content:
                         content["history"] = json.loads(tf.train.load_checkpoint(prefix).get_tensor(HISTORY))
                     self._checkpoint.read(prefix).assert_existing_objects_matched().expect_partial()
-                vars(self._history).update(content["history"])
+                self._history.take([_history_in(self._folder, *part) for part in content.get("parts", [])] + [content["history"]])
+                self._parts = content.get("parts", [])
                 return path
             except DAMAGE as error:
                 logging.warning("The checkpoint %s is damaged (%s); trying the one before it.", path, _first_line(error))
@@ -197,11 +226,11 @@ def _is_ours(folder: str) -> bool:
                     "--output_dir." % (folder, ", ".join(names[:5] + ["..."] * (len(names) > 5))))
 
 
-def _remove(folder: str, keep: Container[int]) -> None:
-    """Remove from `folder` what this program has written there, except checkpoints of the steps `keep`."""
-    for name in sorted(os.listdir(folder), key=lambda name: not name.endswith(".json")):  # what vouches for the others first
-        match = FILES.match(name)
-        if match and int(match.group(1) or -1) not in keep:
+def _remove(folder: str, keep: Sequence[int]) -> None:
+    """Remove from `folder` what this program has written there, except checkpoints of the steps `keep` and what they need."""
+    for name in sorted(os.listdir(folder), key=lambda name: (not name.endswith(".json"), name)):  # what vouches for others first
+        match, part = FILES.match(name), PARTS.match(name)
+        if match and int(match.group(1) or -1) not in keep or part and (name[0] == "." or int(part.group(1)) > max(keep, default=0)):
             path = os.path.join(folder, name)
             if os.path.isdir(path):
                 shutil.rmtree(path)
@@ -232,6 +261,19 @@ def _vouched(path: str) -> Dict[str, Any]:
     if content["content"]["index"] != _crc_of_index(path):
         raise ValueError("its index has changed since it was written")
     return dict(content["content"])
+
+
+def _part(folder: str, step: int) -> str:
+    return os.path.join(folder, "history-%d.json" % step)
+
+
+def _history_in(folder: str, step: int, checksum: int) -> Dict[str, Any]:
+    """A part of the History; one of DAMAGE if it is not as it was written."""
+    with open(_part(folder, step), "rb") as file:
+        text = file.read()
+    if zlib.crc32(text) != checksum:
+        raise ValueError("%s has changed since it was written" % os.path.basename(_part(folder, step)))
+    return dict(json.loads(text.decode())["content"])
 
 
 def _crc_of_index(path: str) -> int:

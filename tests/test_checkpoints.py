@@ -232,6 +232,78 @@ def test_a_full_disk_is_told_as_it_is(tmp_path, monkeypatch, earlier):
     assert restored_step(tmp_path) == (5 if earlier else None) and not list(tmp_path.glob("ckpt-10*"))
 
 
+@pytest.fixture
+def long(tmp_path, monkeypatch):
+    """A run of 120 steps with a part of its history each 20 or so, and a function that takes its History so far."""
+    monkeypatch.setattr(checkpoints, "PART", 20)
+    small = Small(tmp_path, keep=3)
+
+    def reach(step, run=small):
+        run.history.losses = [number / 7 for number in range(1, step + 1)]
+        run.history.log = [{"step": number, "loss": number / 7} for number in range(2, step + 1, 2)]
+        run.history.knn = [{"step": number, "accuracy": 0.5} for number in range(0, step + 1, 12)]
+        run.history.skipped = list(range(1, step + 1, 9))
+        run.weight.assign(np.full(1000, step, np.float32))
+        run.kept.save(step)
+
+    for step in range(6, 121, 6):
+        reach(step)
+    return reach
+
+
+def test_a_checkpoint_late_in_a_long_run_is_no_larger_than_an_early_one(long, tmp_path):
+    sizes = {path.name: path.stat().st_size for path in tmp_path.glob("*.json")}
+    assert sorted(sizes) == sorted(["history-%d.json" % step for step in (24, 48, 72, 96, 120)]
+                                   + ["ckpt-%d.json" % step for step in (108, 114, 120)])
+    assert all(size < 3000 for size in sizes.values()) and sizes["ckpt-120.json"] < 500
+    other = Small(tmp_path)
+    assert other.kept.restore().endswith("ckpt-120")
+    history = vars(other.history)
+    assert history["losses"] == [number / 7 for number in range(1, 121)]
+    assert [line["step"] for line in history["log"]] == list(range(2, 121, 2))
+    assert [line["step"] for line in history["knn"]] == list(range(0, 121, 12))
+    assert history["skipped"] == list(range(1, 121, 9))
+    long(126, other)  # it goes on as it would have, and so does the next
+    again = Small(tmp_path)
+    assert again.kept.restore().endswith("ckpt-126") and len(again.history.losses) == 126
+
+
+def test_from_an_earlier_checkpoint_of_a_long_run_later_parts_are_dropped(long, tmp_path, warned):
+    (tmp_path / "ckpt-120.index").write_bytes(b"")
+    other = Small(tmp_path, keep=3)
+    assert other.kept.restore().endswith("ckpt-114") and len(other.history.losses) == 114
+    assert len(warned) == 1
+    long(116, other)
+    assert sorted(path.name for path in tmp_path.glob("history-*")) == sorted(
+        "history-%d.json" % step for step in (24, 48, 72, 96, 116))
+    assert Small(tmp_path).kept.restore().endswith("ckpt-116")
+
+
+def test_a_changed_part_is_noticed(long, tmp_path, warned):
+    part = tmp_path / "history-120.json"
+    part.write_bytes(part.read_bytes().replace(b"7", b"8", 1))
+    assert Small(tmp_path).kept.restore().endswith("ckpt-114")  # which does without that part
+    assert len(warned) == 1 and "history-120.json has changed" in warned[0]
+    (tmp_path / "history-24.json").unlink()
+    with pytest.raises(UserError, match="None of the 3 checkpoints"):
+        Small(tmp_path).kept.restore()
+
+
+def test_a_long_run_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
+    Small(tmp_path).save(70)  # all of its history in its JSON
+    monkeypatch.setattr(checkpoints, "PART", 20)
+    other = Small(tmp_path)
+    assert other.kept.restore().endswith("ckpt-70")
+    other.save(76)
+    assert restored_step(tmp_path) == 76 and (tmp_path / "history-76.json").exists()
+
+
+def test_starting_anew_removes_the_parts_too(long, tmp_path):
+    (tmp_path / "history-x.json").write_text("not ours")
+    checkpoints._remove(str(tmp_path), [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoints.MARK, "history-x.json"]
+
+
 def test_a_second_save_makes_no_graph(tmp_path, monkeypatch):
     """On a device such a graph stays until the process ends."""
     made, real = [], func_graph.FuncGraph.__init__
