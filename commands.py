@@ -233,9 +233,8 @@ def atomic_path(path: str) -> Iterator[str]:
 
 def write_atomically(path: str, content: Union[bytes, str]) -> None:
     """Write `content` to `path`, all of it or nothing."""
-    with atomic_path(path) as temporary:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def make_folder(path: str) -> str:
@@ -315,5 +314,7 @@ def write_result(path: str, result: Dict[str, Any]) -> None:
 
 
 def write_json(path: str, content: Dict[str, Any]) -> None:
-    """Write `content` as readable JSON, atomically."""
-    write_atomically(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    """Write `content` as readable JSON, atomically, and piece by piece: the text of a long run's figures would take gigabytes."""
+    with atomic_path(path) as temporary, open(temporary, "w") as file:
+        json.dump(content, file, indent=2, sort_keys=True)
+        file.write("\n")

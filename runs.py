@@ -271,7 +271,8 @@ class Run:
     def _write_losses(self) -> None:
         if self.device.is_chief and self.listed != self.step:
             self.listed = self.step
-            commands.write_atomically(self.path("losses.txt"), "".join("%.9g\n" % loss for loss in self.history.losses))
+            with commands.atomic_path(self.path("losses.txt")) as temporary, open(temporary, "w") as file:
+                file.writelines("%.9g\n" % loss for loss in self.history.losses)
             commands.write_json(self.path("metrics.json"), {"log": self.history.log, "knn": self.history.knn})
 
     # The end
