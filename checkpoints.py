@@ -135,6 +135,24 @@ class Checkpoints:
         return None
 
 
+@contextlib.contextmanager
+def only_run_in(folder: str) -> Iterator[None]:
+    """Hold the folder for this process; UserError if another run holds it. The lock ends with the process, however it ends.
+
+    Where the file system knows no locks, as some of a network do, that is warned of.
+    """
+    import fcntl
+
+    with open(os.path.join(folder, ".lock"), "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("Another run is at work in the folder %s; wait for it, or choose another --output_dir." % folder)
+        except OSError as error:
+            logging.warning("%s cannot be locked (%s); see to it that no other run is started in it.", folder, error.strerror)
+        yield
+
+
 def claim_folder(output_dir: str, settings: Dict[str, Any], free: Container[str], resume: bool, overwrite: bool,
                  defaults: Optional[Dict[str, Any]] = None) -> None:
     """Write config.json; UserError if the folder holds a run that this one must neither continue nor overwrite, or another's files.

@@ -1,4 +1,4 @@
-"""What every command shares: flags from a dataclass, one-line errors, atomic files, one run a folder, quiet start.
+"""What every command shares: flags from a dataclass, one-line errors, atomic files, signals, quiet start.
 
 To be imported before TensorFlow: it decides what TensorFlow prints while it starts.
 """
@@ -241,8 +241,7 @@ def make_folder(path: str) -> str:
     """Make the folder `path` if need be; UserError if that or writing into it is not possible."""
     try:
         os.makedirs(path, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise UserError("Cannot write into the folder %s (%s); choose another." % (path, error.strerror or error))
     return path
@@ -287,20 +286,6 @@ def signals_noted() -> Iterator[Signals]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-@contextlib.contextmanager
-def only_run_in(folder: str) -> Iterator[None]:
-    """Hold the folder for this process; UserError if another run holds it. The lock ends with the process, however it ends."""
-    import fcntl
-
-    with open(os.path.join(folder, ".lock"), "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError("Another run is at work in the folder %s; wait for it, or choose another --output_dir."
-                            % folder)
-        yield
 
 
 def write_result(path: str, result: Dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ def folder(path: str, device: Device) -> Iterator[None]:
         yield
         return
     commands.make_folder(path)
-    with commands.only_run_in(path):
+    with checkpoints.only_run_in(path):
         yield
 
 

@@ -1,4 +1,5 @@
 """The training state on disk: to the bit, rotated, damaged, cut off, from the version before, and beside other programs' files."""
+import errno
 import json
 import os
 import shutil
@@ -230,6 +231,22 @@ def test_a_full_disk_is_told_as_it_is(tmp_path, monkeypatch, earlier):
     assert ("the earlier ones are whole" in str(caught.value)) == earlier
     assert "(ckpt-10.index; No space left on device)" in str(caught.value) and str(tmp_path) in str(caught.value)
     assert restored_step(tmp_path) == (5 if earlier else None) and not list(tmp_path.glob("ckpt-10*"))
+
+
+def test_a_file_system_without_locks_is_warned_of_and_used(tmp_path, warned, monkeypatch):
+    """As ENOLCK of NFS without its lock daemon and ENOSYS of Lustre: nobody holds the folder then."""
+    import fcntl
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with checkpoints.only_run_in(str(tmp_path)):
+        assert len(warned) == 1 and "No locks available" in warned[0] and "no other run" in warned[0]
+    monkeypatch.undo()
+    with checkpoints.only_run_in(str(tmp_path)), pytest.raises(UserError, match="Another run is at work"):
+        with checkpoints.only_run_in(str(tmp_path)):
+            pass
 
 
 @pytest.fixture
