@@ -235,7 +235,7 @@ class Store:
             file.seek(committed * image)
             with tqdm(total=len(todo), desc="Decoding", unit=" images", leave=False, dynamic_ncols=True, file=sys.stderr,
                       disable=None if self._shown else True) as bar:
-                bar._time = time.monotonic  # the time of day may be set back
+                bar._time = time.monotonic  # type: ignore[attr-defined]  # the time of day may be set back
                 bar.reset()
                 next_commit, pause = time.monotonic() + SECONDS_A_COMMIT, SECONDS_A_COMMIT
                 try:
