@@ -279,17 +279,17 @@ def _cluster() -> Tuple[int, int]:
     need(isinstance(cluster, dict) and isinstance(task, dict), wrong % "there are not both a cluster and a task")
     need(config.get("rpc_layer", "grpc") == "grpc", wrong % "rpc_layer can be grpc only")
     for job, hosts in cluster.items():
-        need(isinstance(hosts, list), wrong % ("%s is %.60r, not a list of addresses" % (job, hosts)))
+        need(isinstance(hosts, list), wrong % ("%.60s is %.60r, not a list of addresses" % (job, hosts)))
         for host in hosts:
             address = ADDRESS.fullmatch(host) if isinstance(host, str) else None
-            need(address and 0 < int(address.group(1)) < 1 << 16, wrong % ("%s has %.60r, which is not host:port" % (job, host)))
+            need(address and 0 < int(address.group(1)) < 1 << 16, wrong % ("%.60s has %.60r, which is not host:port" % (job, host)))
     hosts = sum(cluster.values(), [])
     need(len(set(hosts)) == len(hosts), wrong % "an address is there twice")
     job, index = task.get("type"), task.get("index")
     need(isinstance(job, str) and type(index) in (int, str) and re.fullmatch("[0-9]{1,9}", str(index)),
          wrong % ("the task's type is %.60r and its index %.60r" % (job, index)))
     need(set(cluster) <= {"chief", "worker"} and len(cluster.get("chief", [])) <= 1,
-         "has the jobs %s; there may be workers, and one chief" % ", ".join(sorted(cluster)))
+         "has the jobs %.60s; there may be workers, and one chief" % ", ".join(sorted(cluster)))
     tasks = [(job, i) for job in ("chief", "worker") for i in range(len(cluster.get(job, [])))]
     own = task["type"], int(index)
     need(own in tasks, "says that this is %.60s %s, of %d workers that it lists" % (own + (len(tasks),)))

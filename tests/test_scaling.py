@@ -5,6 +5,8 @@ the command as it is. What needs several devices runs in processes of its own: t
 """
 import json
 import os
+import random
+import re
 import signal
 import socket
 import subprocess
@@ -292,7 +294,8 @@ def test_a_wrong_tf_config_is_told(monkeypatch, text, told):
 
 
 WRONG = [None, True, -1, 1.5, float("nan"), 10 ** 30, "", "a", "a b:1", "a:", ":1", "a:0", "a:65536", "a:1:2", "http://a:1", "a:1\n",
-         "x" * 5000, [1], [[]], [None], ["a"], ["a:1", "a:1"], {}, {"a": 1}, {"0": "a:1"}]
+         "x" * 5000, [1], [[]], [None], ["a"], ["a:1", "a:1"], {}, {"a": 1}, {"0": "a:1"},
+         {"x" * 5000: ["a:1"]}, {"x" * 5000: 1}, {"x" * 5000: [1]}]
 
 
 @pytest.mark.parametrize("part", ["", "cluster", "cluster worker", "cluster worker 1", "cluster chief", "cluster ps", "task",
@@ -308,6 +311,31 @@ def test_no_wrong_part_of_a_tf_config_gets_by(monkeypatch, part):
         with pytest.raises(UserError, match="^TF_CONFIG .*such as {") as error:
             replicas._cluster()
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_whatever_is_done_to_a_tf_config_it_is_refused_in_one_line_or_makes_sense(monkeypatch):
+    """MUTATED: how many, each changed in one to three places (60000: by hand)."""
+    chance = random.Random(int(os.environ.get("SEED", "0")))
+    right = '{"cluster": {"chief": ["10.0.0.1:2222"], "worker": ["[::1]:5", "h-2.x:80"]}, "task": {"type": "chief", "index": 0}}'
+    pieces = [json.dumps(value) for value in WRONG] + [
+        "9" * 5000, "1e999", "[" * 3000, '"\\ud800"', "\0", "'", "\\", ",", ":", "}", "\u0661"]
+    taken = 0
+    for _ in range(int(os.environ.get("MUTATED", "500"))):
+        text = right
+        for _ in range(chance.randrange(1, 4)):
+            spans = [found.span() for found in re.finditer(r'"[^"]*"|\d+|\[[^\]]*\]|\{[^}]*\}', text)] + [
+                (i, min(len(text), i + chance.randrange(12))) for i in (chance.randrange(len(text) + 1),)]
+            begin, end = chance.choice(spans)
+            text = text[:begin] + chance.choice(pieces + ["", text[begin:end] * 2]) + text[end:]
+        monkeypatch.setattr(os, "environ", {"TF_CONFIG": text})
+        try:
+            workers, own = replicas._cluster()
+            assert 0 <= own < workers and (workers > 1 or text != right)
+            taken += 1
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 400, text
+        monkeypatch.undo()
+    assert taken  # so that not all were nonsense
 
 
 @pytest.mark.parametrize("text", ["[" * 100000, "\0", '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker"}}',
