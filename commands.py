@@ -115,7 +115,7 @@ def define_flags(config: Type[Any]) -> None:
         default = field.default  # type: Any
         kind = next(t for t in (bool, int, float, str) if t in (types[field.name],) + getattr(types[field.name], "__args__", ()))
         if known["choices"]:
-            flags.DEFINE_enum(field.name, default, list(known["choices"]), known["text"])
+            flags.DEFINE_string(field.name, default, "<%s>: %s" % ("|".join(known["choices"]), known["text"]))
         elif kind is bool:
             flags.DEFINE_boolean(field.name, default, known["text"])
         elif kind is str:
@@ -145,7 +145,8 @@ def check(settings: Any) -> None:
         value, known = getattr(settings, field.name), field.metadata
         if value is None or not known:
             continue
-        if known["choices"] and value not in known["choices"]:
+        # kind:NAME among the choices stands for any name
+        if known["choices"] and not any(value == c or c[-5:] == ":NAME" and str(value).startswith(c[:-4]) for c in known["choices"]):
             raise UserError("--%s is %r; give one of %s." % (field.name, value, ", ".join(known["choices"])))
         low, high = known["low"], known["high"]
         if isinstance(value, int) and high is None:

@@ -5,8 +5,8 @@ with the batches that it would have had, and any number of workers can share a b
 
     python datasets.py prepare --data_dir PHOTOS --image_size 64
 
-decodes a folder of images beforehand, into the store that every command then starts from. It also repairs that: all checksums are
-compared, and files that were no usable images are tried again.
+decodes a folder of images beforehand, or with --dataset tfds:NAME what TensorFlow Datasets has prepared, into the store that every
+command then starts from. It also repairs that: all checksums are compared, and files that were no usable images are tried again.
 
 Random numbers: [seed, step] gives the seeds of a step's views, [seed, -1 - epoch] an epoch's order. Steps are never negative, so no
 two draws share a stream.
@@ -25,9 +25,9 @@ from absl import logging
 
 import augmentation
 from commands import UserError, flag
-from sources import cifar, folders, image_files, mapped, shapes, store
+from sources import cifar, folders, image_files, mapped, shapes, store, tfds
 
-NAMES = ("cifar10", "cifar100", "shapes", "folder")
+NAMES = ("cifar10", "cifar100", "shapes", "folder", "tfds:NAME")
 SHAPES_TRAIN, SHAPES_TEST = 5000, 1000
 Images = Union[np.ndarray, mapped.Images]
 
@@ -46,17 +46,17 @@ class Data(NamedTuple):
 def load(name: str, data_dir: Optional[str] = None, image_size: int = 32, test_fraction: float = 0.1,
          seed: int = 0, train_size: Optional[int] = None, test_size: Optional[int] = None,
          cache_dir: Optional[str] = None, say: Optional[store.Say] = None, store_size: Optional[int] = None) -> Data:
-    """Load the data set `name`, one of NAMES.
+    """Load the data set `name`, one of NAMES; tfds:NAME stands for all that TensorFlow Datasets has prepared.
 
-    data_dir: for CIFAR see `cifar.read`, for a folder of images `folders.read`; shapes need none. image_size: to which a folder's
-    images are brought, and at which shapes are drawn; CIFAR's are 32 x 32. test_fraction: what is set aside of a folder without train/
-    and test/. seed: of the shapes, modulo 2^32; runs that are to be compared need the same one. train_size, test_size: how many shapes
-    to draw (default 5,000 and 1,000); of other data sets, how many images to take, evenly spread (default all). cache_dir:
-    where a folder's images are kept decoded, one store for each folder and size (default: `store.default_folder()`). say: prints a
-    line about that; without it nothing is printed. store_size: see `stored_size`; the images have that size then. Raises UserError
-    for what is not there, is damaged or does not fit together.
+    data_dir: for CIFAR see `cifar.read`, for a folder of images `folders.read`, for tfds:NAME `tfds.read`; shapes need none.
+    image_size: to which images are brought, and at which shapes are drawn; CIFAR's are 32 x 32. test_fraction: what is set aside of
+    a folder without train/ and test/, and of what has no part test or validation. seed: of the shapes, modulo 2^32; runs that are to
+    be compared need the same one. train_size, test_size: how many shapes to draw (default 5,000 and 1,000); of other data sets, how many
+    images to take, evenly spread (default all). cache_dir: where images are kept decoded, one store for each source and size (default:
+    `store.default_folder()`). say: prints a line about that; without it nothing is printed. store_size: see `stored_size`; the images
+    have that size then. Raises UserError for what is not there, is damaged or does not fit together.
     """
-    if name not in NAMES:
+    if name not in NAMES and not name.startswith(tfds.PREFIX):
         raise UserError("There is no data set %r; choose one of %s." % (name, ", ".join(NAMES)))
     side = stored_size(image_size, store_size)
     if name == "shapes":
@@ -64,20 +64,28 @@ def load(name: str, data_dir: Optional[str] = None, image_size: int = 32, test_f
         train = shapes.make(SHAPES_TRAIN if train_size is None else train_size, (seed, 0), side)
         test = shapes.make(SHAPES_TEST if test_size is None else test_size, (seed, 1), side)
         return Data(*train, *test, shapes.CLASS_NAMES)
-    if name == "folder":
-        if not data_dir:
-            raise UserError("--dataset folder needs --data_dir, the folder of images.")
-        data = Data(*folders.read(data_dir, side, test_fraction, cache_dir, say))
+    if name == "folder" or name.startswith(tfds.PREFIX):
+        data = _decoded(name, data_dir, side, test_fraction, cache_dir, say)
     else:
         if image_size != cifar.IMAGE_SIZE:
             raise UserError("The images of %s have 32 x 32 pixels, not --image_size %d." % (name, image_size))
         if side != cifar.IMAGE_SIZE:
-            raise UserError("The images of %s have 32 x 32 pixels; --store_size %d is for folders and shapes." % (name, side))
+            raise UserError("The images of %s have 32 x 32 pixels; --store_size %d is for the other data sets." % (name, side))
         data = Data(*cifar.read(name, data_dir))
     images, labels, files = _spread(data.train_images, data.train_labels, data.train_files, train_size, "training")
     data = data._replace(train_images=images, train_labels=labels, train_files=files)
     images, labels, files = _spread(data.test_images, data.test_labels, data.test_files, test_size, "test")
     return data._replace(test_images=images, test_labels=labels, test_files=files)
+
+
+def _decoded(name: str, data_dir: Optional[str], side: int, test_fraction: float, cache_dir: Optional[str], say: Optional[store.Say],
+             thorough: bool = False) -> Data:
+    """What is kept in a store. thorough: see there."""
+    if name.startswith(tfds.PREFIX):
+        return Data(*tfds.read(name[len(tfds.PREFIX):], data_dir, side, test_fraction, cache_dir, say, thorough))
+    if not data_dir:
+        raise UserError("--dataset folder needs --data_dir, the folder of images.")
+    return Data(*folders.read(data_dir, side, test_fraction, cache_dir, say, thorough))
 
 
 def stored_size(image_size: int, store_size: Optional[int]) -> int:
@@ -131,8 +139,7 @@ def finetuning_batches(images: Any, labels: Optional[np.ndarray], batch_size: in
     size: side of the views in pixels, where it is not the images'.
     """
     if labels is None:
-        raise UserError("The data set has no labels, and only pretraining does without; put the images into "
-                        "class folders.")
+        raise UserError("The data set has no labels, and only pretraining does without; put images into class folders.")
     gather, classes = _gather(images), _on_host(labels)
     rows = batch_size - first if rows is None else rows
 
@@ -223,24 +230,25 @@ def _map(elements: tf.data.Dataset, function: Callable[..., Any]) -> tf.data.Dat
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The settings of `prepare`: each is a flag."""
-    data_dir: Optional[str] = flag(None, "The folder of images.", alias="data_path")
+    dataset: str = flag("folder", "A folder of images, or what TensorFlow Datasets has prepared.", choices=("folder", "tfds:NAME"))
+    data_dir: Optional[str] = flag(None, "The folder of images, or that of TensorFlow Datasets (default: its own).", alias="data_path")
     image_size: int = flag(32, "Height and width to bring them to.", low=8, high=1024)
     store_size: Optional[int] = flag(None, "The same, for commands that get --store_size too; it wins over --image_size.", low=8,
                                      high=1024)
     cache_dir: Optional[str] = flag(None, "Where they are kept decoded, for every later start (default: ~/.cache/byol).")
-    test_fraction: float = flag(0.1, "Of a folder without train/ and test/: the part kept for testing.", low=0, high=0.9)
+    test_fraction: float = flag(0.1, "Of what has no images for testing of its own: the part kept for that.", low=0, high=0.9)
     quiet: bool = flag(False, "Print warnings and errors only.")
 
 
 def prepare(config: Config) -> None:
-    """Decode a folder of images into its store, or complete and repair that. UserError for what the user can mend."""
+    """Decode images into their store, or complete and repair that. UserError for what the user can mend."""
     commands.check(config)
     logging.set_verbosity(logging.WARNING)
-    if not config.data_dir:
+    if config.dataset == "folder" and not config.data_dir:
         raise UserError("--data_dir is missing: give the folder of images.")
     say = None if config.quiet else lambda text: print(text, flush=True)
     side = stored_size(config.image_size, config.store_size)
-    data = Data(*folders.read(config.data_dir, side, config.test_fraction, config.cache_dir, say, thorough=True))
+    data = _decoded(config.dataset, config.data_dir, side, config.test_fraction, config.cache_dir, say, thorough=True)
     if say:
         say("%d images for training and %d for testing, %d classes." % (
             len(data.train_images), len(data.test_images), len(data.class_names)))

@@ -32,15 +32,15 @@ class Config(npu_config.Options):
                                "cifar below 96 pixels, else imagenet.", choices=sorted(models.STEMS))
     encoder_weights: Optional[str] = flag(None, "A file of pretraining.py's, as f_online_200.h5; cifar10-narrow: one that comes with "
                                           "the program; none: random weights, to compare with.")
-    dataset: str = flag("cifar10", "The images. shapes is made by the program and needs no files; folder is "
-                        "a folder of images.", choices=datasets.NAMES)
-    data_dir: Optional[str] = flag(None, "Where the data set lies: CIFAR's batches folder or .tar.gz, or a "
-                                   "folder of images.", alias="data_path")
+    dataset: str = flag("cifar10", "The images. shapes is made by the program and needs no files; folder is a folder of images; "
+                        "tfds:NAME is what TensorFlow Datasets has prepared.", choices=datasets.NAMES)
+    data_dir: Optional[str] = flag(None, "Where the data set lies: CIFAR's batches folder or .tar.gz, a folder of images, or the "
+                                   "data_dir of TensorFlow Datasets.", alias="data_path")
     image_size: int = flag(32, "Height and width of the images (reference: 32).", low=8, high=1024)
-    store_size: Optional[int] = flag(None, "Height and width at which a folder's images or shapes are kept; their middle is used, or "
+    store_size: Optional[int] = flag(None, "Height and width at which images are kept; their middle is used, or "
                                      "crops. Default: --image_size.", low=8, high=1024)
-    test_fraction: float = flag(0.1, "Of a folder without train/ and test/: the part kept for testing.", low=0, high=0.9)
-    cache_dir: Optional[str] = flag(None, "Where a folder's images are kept decoded, for every later start (default: ~/.cache/byol).")
+    test_fraction: float = flag(0.1, "Of what has no images for testing of its own: the part kept for that.", low=0, high=0.9)
+    cache_dir: Optional[str] = flag(None, "Where images are kept decoded, for every later start (default: ~/.cache/byol).")
     output_dir: str = flag(".", "Where results go.", alias="model_dir")
     seed: int = flag(0, "Of random weights, order and crops: the same seed gives the same result.", low=0, high=2 ** 31 - 1)
     quiet: bool = flag(False, "Print the result, warnings and errors only.")
@@ -92,11 +92,13 @@ def load_data(config: Config, device: Optional[Device] = None, say: Optional[Say
                          test_fraction=config.test_fraction, cache_dir=config.cache_dir, say=say, store_size=config.store_size)
     where = "The data set %s%s" % (config.dataset, " in %s" % config.data_dir if config.data_dir else "")
     if labelled and data.train_labels is None:
-        raise UserError("%s has no labels; put its images into one folder for each class, as in DIR/cat/1.jpg." % where)
+        raise UserError("%s has no labels; %s." % (where, "put its images into one folder for each class, as in DIR/cat/1.jpg"
+                                                   if config.dataset == "folder" else "choose one that has"))
     if labelled and len(data.class_names) < 2:
         raise UserError("%s has %d class; a classifier needs two or more." % (where, len(data.class_names)))
     if labelled and not len(data.test_images):
-        raise UserError("%s has no test images; give a --test_fraction above 0, or folders train/ and test/." % where)
+        raise UserError("%s has no test images; give a --test_fraction above 0%s." % (
+            where, ", or folders train/ and test/" if config.dataset == "folder" else ""))
     return data
 
 

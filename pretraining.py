@@ -45,15 +45,15 @@ class Config(recipes.Recipe, npu_config.Options):
     width_multiplier: float = flag(1.0, "Scales the encoder's filters; 0.25 makes it sixteen times cheaper.", low=1 / 64, high=8)
     stem: Optional[str] = flag(None, "The encoder's first layers. cifar: 3x3 of stride 1 (reference); imagenet: 7x7 of stride 2, "
                                "max-pool. Default: imagenet from 96 pixels on.", choices=sorted(models.STEMS))
-    dataset: str = flag("cifar10", "What to train on. shapes is made by the program and needs no files; folder is a folder of "
-                        "images.", choices=datasets.NAMES)
-    data_dir: Optional[str] = flag(None, "Where the data set lies: CIFAR's batches folder or .tar.gz, or a folder of images.",
-                                   alias="data_path")
+    dataset: str = flag("cifar10", "What to train on. shapes is made by the program and needs no files; folder is a folder of images; "
+                        "tfds:NAME is what TensorFlow Datasets has prepared.", choices=datasets.NAMES)
+    data_dir: Optional[str] = flag(None, "Where the data set lies: CIFAR's batches folder or .tar.gz, a folder of images, or the "
+                                   "data_dir of TensorFlow Datasets.", alias="data_path")
     image_size: int = flag(32, "Height and width of the images (reference: 32).", low=8, high=1024)
-    store_size: Optional[int] = flag(None, "Height and width at which a folder's images or shapes are kept, for views to be cut from "
+    store_size: Optional[int] = flag(None, "Height and width at which images are kept, for views to be cut from "
                                      "(paper: 256 for 224). Default: --image_size.", low=8, high=1024)
-    test_fraction: float = flag(0.1, "Of a folder without train/ and test/: the part kept for testing.", low=0, high=0.9)
-    cache_dir: Optional[str] = flag(None, "Where a folder's images are kept decoded, for every later start (default: ~/.cache/byol).")
+    test_fraction: float = flag(0.1, "Of what has no images for testing of its own: the part kept for that.", low=0, high=0.9)
+    cache_dir: Optional[str] = flag(None, "Where images are kept decoded, for every later start (default: ~/.cache/byol).")
     output_dir: str = flag(".", "Where results go.", alias="model_dir")
     num_epochs: int = flag(200, "Epochs to train (ModelZoo README: 200).", low=1)
     batch_size: int = flag(512, "Images a step, over all devices (reference: 512).", low=2)

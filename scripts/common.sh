@@ -18,7 +18,7 @@ flag() { # name, default, explanation
 
 common_flags() { # epochs
     flag data_path "" "the data set: CIFAR-10's folder or .tar.gz, or a folder of images; without it Keras's cache is looked at"
-    flag dataset cifar10 "cifar10, cifar100, shapes (needs no files) or folder"
+    flag dataset cifar10 "cifar10, cifar100, shapes (needs no files), folder or tfds:NAME"
     flag encoder resnet18 "resnet18 or resnet34"
     flag width_multiplier 1.0 "scales the encoder's filters"
     flag batch_size 512 "images a step, over all devices"

@@ -8,8 +8,7 @@
 import hashlib
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import tensorflow as tf
@@ -18,9 +17,7 @@ from absl import logging
 from commands import UserError
 from sources import image_files, mapped, store
 
-THREADS = min(8, os.cpu_count() or 1)  # eight images of the largest size take up to 8 GB
 NAMES_SHOWN = 5  # of skipped files, in the warning
-WAITING = 128 << 20  # bytes of decoded images that may wait in memory
 TICK = 20000000  # nanoseconds within which a file can change twice and keep its time
 
 
@@ -42,8 +39,7 @@ def read(folder: str, image_size: int, test_fraction: float, cache_dir: Optional
     folder = os.path.expanduser(folder)
     if not os.path.isdir(folder):
         raise UserError("The image folder %s does not exist or is no folder." % folder)
-    if not 0 <= test_fraction < 1:
-        raise UserError("The fraction of test images is %g; it must be at least 0 and less than 1." % test_fraction)
+    check_fraction(test_fraction)
     real, cache = (os.path.realpath(os.path.expanduser(path)) for path in (folder, cache_dir or store.default_folder()))
     if (cache + os.sep).startswith(real + os.sep) and os.sep + "." not in cache[len(real):]:
         raise UserError("--cache_dir %s lies in the folder of images %s, and would be taken for images; choose another."
@@ -81,6 +77,12 @@ def read(folder: str, image_size: int, test_fraction: float, cache_dir: Optional
     return train_images, train_labels, test_images, test_labels, tuple(names), train_files, test_files
 
 
+def check_fraction(test_fraction: float) -> None:
+    """UserError if it is not a fraction."""
+    if not 0 <= test_fraction < 1:
+        raise UserError("The fraction of test images is %g; it must be at least 0 and less than 1." % test_fraction)
+
+
 def _listings(folder: str, test_fraction: float) -> Tuple[Listing, Listing]:
     """The files for training and for testing."""
     inside, beside = _entries(folder)
@@ -101,7 +103,7 @@ def _listings(folder: str, test_fraction: float) -> Tuple[Listing, Listing]:
     everything = _list(folder, inside, beside)
     if everything.classes is None:
         return everything, _only(everything, [])
-    chosen = _choose(_names(everything, folder), everything.classes, test_fraction)
+    chosen = choose(_names(everything, folder), everything.classes, test_fraction)
     others = [i for i in range(len(everything.paths)) if i not in chosen]
     return _only(everything, others), _only(everything, sorted(chosen))
 
@@ -110,12 +112,12 @@ def _names(listing: Listing, folder: str) -> Tuple[str, ...]:
     return tuple(os.path.relpath(path, folder) for path in listing.paths)
 
 
-def _choose(names: Sequence[str], classes: Sequence[str], fraction: float) -> Set[int]:
+def choose(names: Sequence[str], classes: Sequence[Any], fraction: float) -> Set[int]:
     """Indices for testing: of each class the fraction whose names have the least hashes, but one at least where the class has two.
 
     So every command, whatever its seed, keeps the same images apart, and new files change little of it.
     """
-    members: Dict[str, List[int]] = {}
+    members: Dict[Any, List[int]] = {}
     chosen: Set[int] = set()
     for index, name in enumerate(classes):
         members.setdefault(name, []).append(index)
@@ -170,7 +172,7 @@ def _files(folder: str) -> List[str]:
 def _decode(paths: List[str], folder: str, image_size: int, cache_dir: Optional[str], say: Optional[store.Say], thorough: bool
             ) -> Tuple[List[int], store.Store]:
     """Which files are usable, and the store with their images."""
-    stamps = np.array([_stamp(path) for path in paths], np.int64)
+    stamps = np.array([stamp(path) for path in paths], np.int64)
     there = np.flatnonzero(stamps[:, 2] >= 0)
     files = [paths[i] for i in there]
     names = [os.fsencode(os.path.relpath(path, folder)) for path in files]
@@ -178,16 +180,22 @@ def _decode(paths: List[str], folder: str, image_size: int, cache_dir: Optional[
     def load(indices: Sequence[int], size: int) -> Iterator[store.Result]:
         return _load_all([files[i] for i in indices], size)
 
-    source = store.Source(folder, os.path.realpath(folder), os.stat(folder).st_ino, names, stamps[there], load)
+    source = store.Source(folder, os.path.realpath(folder), os.stat(folder).st_ino, names, stamps[there], load,
+                          os.path.basename(os.path.realpath(folder)))
     stored = store.Store(source, image_size, cache_dir, say, thorough)
     reasons = {int(there[i]): reason for i, reason in stored.reasons.items()}
     for i in np.flatnonzero(stamps[:, 2] < 0).tolist():  # a link to nowhere
         reasons[i] = str(next(_load_all([paths[i]], image_size)))
     stored.rows, usable = _spread(stored.rows, there, len(paths)), [i for i in range(len(paths)) if i not in reasons]
-    if reasons:
-        skipped = ["%r (%s)" % (os.path.relpath(paths[i], folder), reasons[i]) for i in sorted(reasons)]
-        logging.warning("Skipped %d of %d files in %s: %s.", len(skipped), len(paths), folder, _shown(skipped))
+    warn_of_skipped({os.path.relpath(paths[i], folder): reasons[i] for i in sorted(reasons)}, len(paths), folder)
     return usable, stored
+
+
+def warn_of_skipped(reasons: Dict[str, str], number: int, where: str) -> None:
+    """Name files that are no usable images, and why, of a number of them."""
+    if reasons:
+        skipped = ["%r (%s)" % item for item in reasons.items()]
+        logging.warning("Skipped %d of %d files in %s: %s.", len(skipped), number, where, _shown(skipped))
 
 
 def _spread(rows: np.ndarray, there: np.ndarray, number: int) -> np.ndarray:
@@ -197,7 +205,7 @@ def _spread(rows: np.ndarray, there: np.ndarray, number: int) -> np.ndarray:
     return result
 
 
-def _stamp(path: str) -> Tuple[int, int, int]:
+def stamp(path: str) -> Tuple[int, int, int]:
     """Size and times of a file, by which a change is noticed; the last is -1 if there is none."""
     try:
         status = os.stat(path)
@@ -208,7 +216,7 @@ def _stamp(path: str) -> Tuple[int, int, int]:
 
 
 def _load_all(paths: List[str], image_size: int) -> Iterator[store.Result]:
-    """For each path its image, without a label, or why there is none; as many at a time as may wait in memory."""
+    """For each path its image, without a label, or why there is none."""
     def load(path: str) -> store.Result:
         try:
             with tf.device("CPU:0"):
@@ -216,10 +224,7 @@ def _load_all(paths: List[str], image_size: int) -> Iterator[store.Result]:
         except image_files.Unusable as error:
             return error
 
-    together = max(4 * THREADS, min(1024, WAITING // (3 * image_size ** 2)))
-    with ThreadPoolExecutor(THREADS) as pool:
-        for start in range(0, len(paths), together):
-            yield from list(pool.map(load, paths[start:start + together]))
+    return image_files.several_at_once(load, paths, image_size)
 
 
 def _shown(names: List[str]) -> str:

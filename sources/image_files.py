@@ -1,9 +1,12 @@
 """One image file, of whatever origin, to pixels, by Pillow. And room for many images."""
 import io
+import itertools
 import logging
 import os
 import stat
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
 import PIL
@@ -12,6 +15,8 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 FILE_LIMIT = 64 << 20  # bytes
 PIXEL_LIMIT = 50000000  # of one image: more than a camera's photograph, and at most 1 GB while it is decoded
+THREADS = min(8, os.cpu_count() or 1)  # eight images of the largest size take up to 8 GB
+WAITING = 128 << 20  # bytes of decoded images that may wait in memory
 ALIGNMENT = 64  # bytes: at multiples of it TensorFlow uses memory as it is, and copies it from elsewhere
 _PILLOW = [int(part) for part in PIL.__version__.split(".")[:2]]
 # Of the many that Pillow knows. Its WebP could be made to run code (CVE-2023-4863) before 10.0.1.
@@ -140,3 +145,18 @@ def square(image: np.ndarray, image_size: int) -> np.ndarray:
         return image
     resized = tf.image.resize(image, (image_size, image_size), "area" if side > image_size else "bilinear")
     return np.clip(np.round(resized.numpy()), 0, 255).astype(np.uint8)
+
+
+def several_at_once(function: Callable[[Any], Any], items: Iterable[Any], image_size: int) -> Iterator[Any]:
+    """`function` of each item, in order, by threads. As many items are under way as images of this size may wait in memory.
+
+    >>> list(several_at_once(lambda i: i ** 2, range(5), 32))
+    [0, 1, 4, 9, 16]
+    """
+    together, items = max(4 * THREADS, min(1024, WAITING // (3 * image_size ** 2))), iter(items)
+    with ThreadPoolExecutor(THREADS) as pool:
+        while True:
+            group = list(itertools.islice(items, together))
+            if not group:
+                return
+            yield from list(pool.map(function, group))

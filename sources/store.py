@@ -43,6 +43,7 @@ Result = Union[Tuple[np.ndarray, int], Unusable]
 
 class Source(NamedTuple):
     """What a store is made of. title: for people. identity: the same for the same source, as a path; inode: of that path, or 0.
+    name: after which the store is called.
 
     stamps: int64 (n, 3), size and times of each file: other ones tell that it has changed. load: gives for indices of files and a size
     the image, uint8 (s, s, 3), and its label, -1 for none, or why there is none.
@@ -53,6 +54,7 @@ class Source(NamedTuple):
     names: List[bytes]
     stamps: np.ndarray
     load: Callable[[Sequence[int], int], Iterator[Result]]
+    name: str
 
 
 def default_folder() -> str:
@@ -73,7 +75,7 @@ class Store:
         self._source, self._size, self._say, self._thorough = source, image_size, say or (lambda text: None), thorough
         self._shown = say is not None
         parent = os.path.abspath(os.path.expanduser(cache_dir or default_folder()))
-        title = re.sub(r"[^A-Za-z0-9_.-]+", "-", os.path.basename(source.identity)).strip(".-")[:40] or "images"
+        title = re.sub(r"[^A-Za-z0-9_.-]+", "-", source.name).strip(".-")[:40] or "images"
         digest = hashlib.sha256(os.fsencode("%d %d " % (VERSION, image_size)) + os.fsencode(source.identity)).hexdigest()[:16]
         self.folder = os.path.join(parent, "%s-%d-%s" % (title, image_size, digest))
         self.decoded = 0

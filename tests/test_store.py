@@ -241,7 +241,7 @@ WRITER = """if True:
     image_files.load = loading
     image_files.THREADS = 1
     from sources import folders
-    folders.THREADS, folders.WAITING = 1, 1
+    image_files.WAITING = 1
     data = datasets.load("folder", sys.argv[1], image_size=8, cache_dir=sys.argv[2], say=lambda text: print(text, flush=True))
     print(data.train_images[:][:, 4, 4, 1].tolist())
 """
