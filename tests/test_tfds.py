@@ -243,7 +243,8 @@ def test_what_is_no_set_of_images_is_one_line(tmp_path):
 
 
 def test_what_is_not_there_or_not_whole_is_one_line(pets, tmp_path, monkeypatch):
-    for name, message in (("", "give tfds:NAME"), ("a b", "give tfds:NAME"), ("pets:1", "give tfds:NAME"), ("../pets", "give tfds:NAME"),
+    for name, message in (("", "give tfds:NAME"), ("a b", "give tfds:NAME"), ("pets:1", "give tfds:NAME"),
+                          ("../pets", "give tfds:NAME"),
                           ("cats", "tfds:cats is not prepared in .*builder.'cats', data_dir="), ("pets:2.0.0", "is not prepared")):
         with pytest.raises(UserError, match=message):
             load(pets, tmp_path, name)
@@ -305,7 +306,8 @@ FLAGS = ["--dataset=tfds:pets", "--image_size=8", "--device=cpu", "--width_multi
 
 def test_the_commands_take_it(pets, tmp_path):
     shared = FLAGS + ["--data_dir=%s" % pets, "--cache_dir=%s" % (tmp_path / "cache"), "--output_dir=%s" % tmp_path]
-    datasets.prepare(datasets.Config(dataset="tfds:pets", data_dir=str(pets), image_size=8, cache_dir=str(tmp_path / "cache"), quiet=True))
+    datasets.prepare(datasets.Config(dataset="tfds:pets", data_dir=str(pets), image_size=8, cache_dir=str(tmp_path / "cache"),
+                                     quiet=True))
     for command, more in (("pretraining.py", ["--batch_size=16", "--num_epochs=1"]),
                           ("embed.py", ["--encoder_weights=%s" % (tmp_path / "f_online_1.h5")])):
         process = fork(command, *shared + more, blocks=BLOCKS)
