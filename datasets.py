@@ -53,8 +53,8 @@ def load(name: str, data_dir: Optional[str] = None, image_size: int = 32, test_f
     a folder without train/ and test/, and of what has no part test or validation. seed: of the shapes, modulo 2^32; runs that are to
     be compared need the same one. train_size, test_size: how many shapes to draw (default 5,000 and 1,000); of other data sets, how
     many images to take, evenly spread (default all). cache_dir: where images are kept decoded, one store for each source and size
-    (default: `store.default_folder()`). say: prints a line about that; without it nothing is printed. store_size: see `stored_size`; the images
-    have that size then. Raises UserError for what is not there, is damaged or does not fit together.
+    (default: `store.default_folder()`). say: prints a line about that; without it nothing is printed. store_size: see `stored_size`;
+    the images have that size then. Raises UserError for what is not there, is damaged or does not fit together.
     """
     if name not in NAMES and not name.startswith(tfds.PREFIX):
         raise UserError("There is no data set %r; choose one of %s." % (name, ", ".join(NAMES)))
