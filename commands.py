@@ -227,7 +227,7 @@ def atomic_path(path: str) -> Iterator[str]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # which name no file
+        if isinstance(error, OSError) and (error.filename is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)):
             raise UserError("Could not write %s (%s); what was there before is whole." % (path, error.strerror or error))
         raise
 

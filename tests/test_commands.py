@@ -1,5 +1,6 @@
 """What every command shares: signals, closed streams, the bounds of flags."""
 import dataclasses
+import errno
 import math
 import os
 import re
@@ -129,6 +130,22 @@ def test_verbose_shows_what_tensorflow_says(command, tmp_path):
     *others, last = done.stderr.splitlines()
     assert done.returncode == 1 and last.startswith(command + ": ") and "/nowhere" in last
     assert any(re.match(r"[IW]\d{4} |\d{4}-\d\d-\d\d .*: [IW] ", line) for line in others)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOSPC])
+@pytest.mark.parametrize("call", ["fsync", "chmod", "replace"])
+def test_a_disk_that_fails_is_told_with_the_files_name(tmp_path, monkeypatch, number, call):
+    """fsync tells none, of a network folder that fails now and then."""
+    path = tmp_path / "losses.txt"
+    path.write_text("before")
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(UserError, match="Could not write .*losses.txt .%s" % os.strerror(number)):
+        commands.write_atomically(str(path), "after")
+    assert os.listdir(str(tmp_path)) == ["losses.txt"] and path.read_text() == "before"
 
 
 @pytest.mark.parametrize("error", [commands.UserError("There is no\nfolder."), OSError(2, "No such file", "/a\nb")])
