@@ -126,3 +126,24 @@ def test_the_worst_is_told_first():
     for number in range(2, 6):
         assert reading.worst(told[:number]) == told[number - 1]
     assert reading.worst([reading.Reading("healthy", "first"), reading.Reading("healthy", "second")]).text == "first"
+
+
+@pytest.mark.parametrize("n", [1, 2, 399, 400, 401, 1000, 4001, 9999])
+def test_smoothing_takes_means_of_neighbours(n):
+    values = np.random.RandomState(n).randn(n)
+    width = max(1, n // 200)
+    np.testing.assert_allclose(reading.smooth(values), [values[i:i + width].mean() for i in range(n - width + 1)], atol=1e-12)
+
+
+def test_smoothing_is_spoilt_by_what_is_not_finite_only_where_it_stands():
+    values = np.ones(1000)
+    values[[500, 700]] = np.nan, 1e30
+    smooth = reading.smooth(values)
+    assert np.flatnonzero(np.isnan(smooth)).tolist() == [496, 497, 498, 499, 500]
+    assert (smooth[501:690] == 1).all() and (smooth[701:] == 1).all()
+
+
+def test_a_day_of_steps_is_smoothed_at_once():
+    """By a product for each pair of a value and a mean, five million would take minutes."""
+    smooth = reading.smooth(np.arange(5000000))
+    np.testing.assert_allclose(smooth, np.arange(len(smooth)) + 12499.5, rtol=1e-12)
