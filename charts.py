@@ -1,13 +1,14 @@
 """The charts of report.py's page, as PNG, and how names are drawn in any picture by matplotlib: as plain text."""
 import functools
 import io
-from typing import Any, Callable, Dict, Sequence
+from typing import Any, Callable, Dict, List, Sequence
 
 import numpy as np
 
 import reading
 from runfiles import Run
 
+POINTS = 20000  # of a curve; more would be dots upon dots, and slow to draw
 LONGEST = 40  # letters of a name
 FIRST_BATCHES = 100
 CURVES = (  # name, title, axes
@@ -32,6 +33,16 @@ def plain(name: Any, longest: int = LONGEST) -> str:
     if len(text) > longest:  # names of runs often differ in their ends
         text = text[:longest // 2] + "..." + text[3 - longest + longest // 2:]
     return (" " if text[:1] in ("", "_") else "") + text.replace("$", r"\$")
+
+
+def thin(*values: Any) -> List[np.ndarray]:
+    """Every second, third ... of the values of a curve, so that at most POINTS are drawn; the last among them.
+
+    >>> thin(range(3 * POINTS))[0].tolist()[-3:]
+    [59993, 59996, 59999]
+    """
+    step = -(-len(values[0]) // POINTS) or 1
+    return [np.asarray(each)[::-1][::step][::-1] for each in values]
 
 
 def chart(draw: Callable[[Any], None], title: str, x: str, y: str) -> bytes:
@@ -61,15 +72,15 @@ def curves(runs: Sequence[Run]) -> Dict[str, bytes]:
             style = {"color": "C%d" % i, "label": plain(run.name)}  # type: Dict[str, Any]
             if name == "loss":
                 at, curve = run.epochs(np.arange(1, len(run.losses) + 1)), reading.smooth(run.losses)
-                axes.plot(at, run.losses, color=style["color"], alpha=0.25, linewidth=0.5)
-                axes.plot(at[-len(curve):], curve, **style)
+                axes.plot(*thin(at, run.losses), color=style["color"], alpha=0.25, linewidth=0.5)
+                axes.plot(*thin(at[-len(curve):], curve), **style)
             elif name == "first_batches":
                 first = run.losses[:FIRST_BATCHES]
                 axes.plot(np.arange(1, len(first) + 1), first, **style)
             elif name == "knn" and run.knn:
                 axes.plot(run.epochs(run.knn["step"]), 100 * np.array(run.knn["accuracy"]), "o-", markersize=3, **style)
             elif name != "knn" and run.log:
-                axes.plot(run.epochs(run.log["step"]), run.log["images_per_second" if name == "speed" else name], **style)
+                axes.plot(*thin(run.epochs(run.log["step"]), run.log["images_per_second" if name == "speed" else name]), **style)
         comparable = [run for run in runs if run.comparable()]
         if name == "first_batches" and comparable:
             axes.plot(reading.PUBLISHED_BATCHES, reading.PUBLISHED_LOSSES, "kx", label="published (Ascend 910)")

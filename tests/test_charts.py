@@ -53,3 +53,10 @@ def test_any_name_of_a_class_is_drawn_in_both_pictures(tmp_path, no_formulas):
     finetuning.draw_confusion(np.eye(10, dtype=np.int64), NAMES, str(tmp_path / "confusion.png"))
     size = tf.io.decode_png((tmp_path / "confusion.png").read_bytes()).shape
     assert (tmp_path / "map.png").stat().st_size > 1000 and max(size) < 2000, "long names do not make the picture large"
+
+
+@pytest.mark.parametrize("n", [0, 1, charts.POINTS, charts.POINTS + 1, 5 * charts.POINTS + 3])
+def test_a_curve_of_millions_is_drawn_by_some_of_its_points(n):
+    x, y = charts.thin(np.arange(n), np.arange(n) * 2)
+    assert (y == 2 * x).all() and len(x) == len(y) <= charts.POINTS and (n > charts.POINTS or len(x) == n)
+    assert n == 0 or x[-1] == n - 1 and (np.diff(x) == -(-n // charts.POINTS)).all()
