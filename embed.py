@@ -178,6 +178,9 @@ def export(encoder: Any, image_size: int, folder: str) -> Dict[str, str]:
         if os.path.isdir(saved_model):
             shutil.rmtree(saved_model)
         os.rename(temporary, saved_model)
+    except tf.errors.OpError as error:  # a full disk, say; its message is long and names what is gone by now
+        raise UserError("Could not write %s (%s); make room, or choose another folder for --export."
+                        % (saved_model, type(error).__name__))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     frozen = graph.graph.as_graph_def().SerializeToString()

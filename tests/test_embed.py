@@ -146,6 +146,22 @@ def test_an_earlier_export_is_replaced_and_nothing_is_left_over(encoder, tmp_pat
     np.testing.assert_allclose(found, evaluation.features(other, images), atol=1e-5)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_full_disk_is_one_line_and_an_earlier_export_stays(encoder, tmp_path, monkeypatch, first):
+    if not first:
+        embed.export(encoder, 32, str(tmp_path))
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+
+    def save(module, path, **_):
+        with open(os.path.join(path, "half"), "w"):
+            raise tf.errors.ResourceExhaustedError(None, None, "{{function_node}} %s/variables; No space left on device" % path)
+
+    monkeypatch.setattr(tf.saved_model, "save", save)
+    with pytest.raises(UserError, match="Could not write .*saved_model .ResourceExhaustedError.; make room"):
+        embed.export(encoder, 32, str(tmp_path))
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
 def test_the_projection_is_drawn(main, shapes, tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
