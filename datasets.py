@@ -70,7 +70,8 @@ def load(name: str, data_dir: Optional[str] = None, image_size: int = 32, test_f
         if image_size != cifar.IMAGE_SIZE:
             raise UserError("The images of %s have 32 x 32 pixels, not --image_size %d." % (name, image_size))
         if side != cifar.IMAGE_SIZE:
-            raise UserError("The images of %s have 32 x 32 pixels; --store_size %d is for folders, shapes and tfds:NAME." % (name, side))
+            raise UserError("The images of %s have 32 x 32 pixels; --store_size %d is for folders, shapes and tfds:NAME."
+                            % (name, side))
         data = Data(*cifar.read(name, data_dir))
     images, labels, files = _spread(data.train_images, data.train_labels, data.train_files, train_size, "training")
     data = data._replace(train_images=images, train_labels=labels, train_files=files)

@@ -92,7 +92,7 @@ def test_sizes_that_cannot_be_are_one_line():
         with pytest.raises(UserError, match="^--store_size is 16; give at least --image_size, 32.$"):
             load()
     for name in ("cifar10", "cifar100"):
-        with pytest.raises(UserError, match="^The images of %s have 32 x 32 pixels; --store_size 40 is for folders, shapes and tfds:NAME" % name):
+        with pytest.raises(UserError, match="^The images of %s have 32 x 32 pixels; --store_size 40 is for folders, shapes" % name):
             datasets.load(name, store_size=40)
     assert datasets.load("shapes", store_size=40, train_size=3, test_size=2).train_images.shape == (3, 40, 40, 3)
 
