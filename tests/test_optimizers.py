@@ -182,7 +182,7 @@ def regression(device, name):
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean(tf.square(x @ kernel + bias - y))
             scaled = device.scale_loss(optimizer, loss)
-        device.apply_gradients(optimizer, scaled, tape, [kernel, bias])
+        device.apply_gradients(optimizer, tape.gradient(scaled, [kernel, bias]), [kernel, bias])
         return (loss,)
 
     @device.compile
