@@ -1,28 +1,38 @@
 """How fast two views of each image are made: augmentation.py in its pipeline, against a call for each image and a parallel map."""
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Optional
 
 from benchmarks import table, workers
 from benchmarks.scale import Scale
 
 MODULE = "benchmarks.augmentation_speed"
 BATCH = 512
+LARGER = ((96, 128), (224, 32))  # sides of larger images in pixels, and batches of them
 
 
 def measure(scale: Scale, settings: Dict[str, Any], verbose: bool) -> List[table.Row]:
-    """Images a second of the three ways, in turns."""
-    with workers.Worker(MODULE, dict(settings, seconds=scale.short_turn), verbose=verbose) as worker:
+    """Images a second of the three ways, in turns: of CIFAR-10's, with goals, then of larger images."""
+    rows = _at(scale, settings, verbose, 32, BATCH, "two views of each image, whole batches", 30, 4)
+    for size, batch in LARGER:
+        rows += _at(scale, settings, verbose, size, batch, "two views of each image of %d pixels, batch %d" % (size, batch))
+    return rows
+
+
+def _at(scale: Scale, settings: Dict[str, Any], verbose: bool, size: int, batch: int, name: str, over_calls: Optional[float] = None,
+        over_map: Optional[float] = None) -> List[table.Row]:
+    settings = dict(settings, seconds=scale.short_turn, size=size, batch=batch)
+    with workers.Worker(MODULE, settings, verbose=verbose) as worker:
         worker.ask("warm_up")
         got = workers.in_turns(scale.rounds + 1, {name: lambda name=name: worker.ask("images_per_second", way=name)
                                                   for name in ("whole batches", "calls", "map")})
     whole, calls, mapped = (table.figure(got[name]) for name in ("whole batches", "calls", "map"))
     ours = table.number(whole.median) + " images/s"
-    return [table.Row("augmentation", "two views of each image, whole batches", ours,
+    return [table.Row("augmentation", name, ours,
                       "a call for each image, the reference's way: %s images/s" % table.number(calls.median),
-                      table.ratios(got["whole batches"], got["calls"]), at_least=30,
+                      table.ratios(got["whole batches"], got["calls"]), at_least=over_calls,
                       note="Both sides compute the same views for the same drawn parameters; tests/test_benchmarks.py checks it."),
             table.Row("augmentation", "the same", ours,
                       "a parallel map over single images: %s images/s" % table.number(mapped.median),
-                      table.ratios(got["whole batches"], got["map"]), at_least=4)]
+                      table.ratios(got["whole batches"], got["map"]), at_least=over_map)]
 
 
 def prepare(settings: Dict[str, Any]) -> Dict[str, Callable[..., Any]]:
@@ -35,12 +45,14 @@ def prepare(settings: Dict[str, Any]) -> Dict[str, Callable[..., Any]]:
 
     import datasets
     from benchmarks import inputs, per_image_views
+    from sources import shapes
 
     with tf.device("CPU:0"):  # views are made by the host, whatever the device is
-        images = inputs.images(settings["data_dir"])
-        whole = iter(datasets.pretraining_batches(images, BATCH, 0, 0, 10 ** 6))
-        mapped = iter(per_image_views.parallel_map(images, BATCH))
-        few = tf.constant(images[:BATCH])
+        size, batch = settings["size"], settings["batch"]
+        images = inputs.images(settings["data_dir"]) if size == 32 else shapes.make(2 * batch, (0, 0), size)[0]
+        whole = iter(datasets.pretraining_batches(images, batch, 0, 0, 10 ** 6))
+        mapped = iter(per_image_views.parallel_map(images, batch))
+        few = tf.constant(images[:batch])
 
     def take(iterator: Any, n: int) -> None:
         for _ in range(n):
@@ -56,7 +68,7 @@ def prepare(settings: Dict[str, Any]) -> Dict[str, Callable[..., Any]]:
     def images_per_second(way: str) -> float:
         if way != "calls":
             ways[way](6)  # which were made while another had its turn
-        return BATCH / workers.seconds_each(ways[way], settings["seconds"], most=8)
+        return batch / workers.seconds_each(ways[way], settings["seconds"], most=8)
 
     def warm_up() -> None:
         for run in ways.values():
