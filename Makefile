@@ -16,17 +16,21 @@ RUN = $(VENV)/bin/python
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*##/make \1	/p' $(MAKEFILE_LIST)
 
-# Of a folder of your own images in the second act: make demo PHOTOS=DIR, with one folder for each class.
+# The demo is on your own images with make demo PHOTOS=DIR (one folder for each class), else on CIFAR-10 if it is in Keras's cache
+# or make demo CIFAR10=DIR says where, else on drawn shapes.
 PHOTOS ?=
-ON = $(if $(PHOTOS),--dataset folder --data_dir "$(PHOTOS)",--dataset shapes) --width_multiplier 0.25
+CIFAR10 ?=
+ANY_CIFAR10 = $(CIFAR10)$(wildcard $(or $(KERAS_HOME),$(HOME)/.keras)/datasets/cifar-10-*)
+IMAGES = $(if $(PHOTOS),your images,$(if $(ANY_CIFAR10),CIFAR-10,drawn shapes))
+ON = --dataset $(if $(PHOTOS),folder --data_dir "$(PHOTOS)",$(if $(ANY_CIFAR10),cifar10$(if $(CIFAR10), --data_dir "$(CIFAR10)"),shapes)) \
+	--width_multiplier 0.25
 
 demo: $(VENV)/.installed  ## in less than five minutes on two cores: a minute of pretraining, then what a long one has brought
 	@rm -rf runs/demo
-	@printf '\n1. A minute of pretraining from scratch, on drawn shapes: the command, its progress, loss and spread.\n\n'
-	$(RUN) pretraining.py --dataset shapes --width_multiplier 0.25 --num_epochs 4 --batch_size 128 --knn_every 0 --output_dir runs/demo
+	@printf '\n1. A minute of pretraining from scratch, on $(IMAGES): the command, its progress, loss and spread.\n\n'
+	$(RUN) pretraining.py $(ON) --num_epochs 4 --max_steps 156 --batch_size $(if $(PHOTOS),32,128) --knn_every 0 --output_dir runs/demo
 	@printf '\n2. A minute is too short to learn much. The encoder cifar10-narrow has had two hours, on photographs without labels.\n'
-	@printf 'Here are %s, which it has never seen: a classifier on its features, and one on those of random weights.\n\n' \
-		$(if $(PHOTOS),'your images','the drawn shapes')
+	@printf 'Here are test images that it has never seen, of $(IMAGES): a classifier on its features, and one on those of random weights.\n\n'
 	$(RUN) linearevaluation.py --encoder_weights none $(ON) --cached_features --knn --output_dir runs/demo/random
 	$(RUN) linearevaluation.py --encoder_weights cifar10-narrow $(ON) --cached_features --knn --output_dir runs/demo/cifar10-narrow
 	@printf '\nSide by side, and on a page with the most similar images:\n\n'

@@ -1,7 +1,6 @@
 """Several CPUs or GPUs, of one machine or of several, as one device through tf.distribute.
 
-What a step
-sends, how BatchNorm and files are dealt with, and what happens when a worker dies, is told in docs/scaling.md.
+What a step sends, how BatchNorm and files are dealt with, and what happens when a worker dies, is told in docs/scaling.md.
 """
 import atexit
 import contextlib
@@ -9,6 +8,7 @@ import gc
 import json
 import os
 import re
+import threading
 from typing import Any, Callable, ContextManager, Iterator, List, Optional, Sequence, Tuple
 
 import tensorflow as tf
@@ -25,6 +25,7 @@ except ImportError:
 
 EXAMPLE = ("""it is to be such as {"cluster": {"worker": ["host1:port", "host2:port"]}, "task": {"type": "worker", "index": 0}}, """
            "a number for each port")
+OWN = threading.local()  # of each replica: the constants of the graph that it makes
 ADDRESS = re.compile(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5})")  # host:port, an IPv6 address in brackets
 LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.DeadlineExceededError,
         tf.errors.InternalError, tf.errors.FailedPreconditionError, tf.errors.UnknownError)
@@ -54,19 +55,18 @@ class GlobalBatchNormalization(ReplicaBatchNormalization):
         if not training:
             return super().call(inputs, training=False)
         x = tf.cast(inputs, tf.float32)
-        axes = tf.constant(list(range(x.shape.rank - 1)))
+        axes = constant(*range(x.shape.rank - 1))
         # Of x itself, the mean square less the squared mean would lose digits.
         deviations = x - self.moving_mean.value()
         moments = tf.stack([tf.reduce_mean(deviations, axes), tf.reduce_mean(tf.square(deviations), axes)])
         first, second = tf.unstack(all_reduce(moments))
-        variance = tf.maximum(second - tf.square(first), 0.0)
+        variance = tf.maximum(second - tf.square(first), constant(0.0))
         rows = x.shape[:-1].num_elements() * tf.distribute.get_replica_context().num_replicas_in_sync
-        unbiased = variance * (rows / max(rows - 1, 1)) if self.fused else variance
-        share = tf.constant(1 - self.momentum)
+        unbiased = variance * constant(rows / max(rows - 1, 1)) if self.fused else variance
         for moving, change in ((self.moving_mean, first), (self.moving_variance, unbiased - self.moving_variance)):
-            moving.assign_add(change * share, read_value=False)
+            moving.assign_add(change * constant(1 - self.momentum), read_value=False)
         gamma, beta = (tf.cast(weight, tf.float32) for weight in (self.gamma, self.beta))
-        inverse = tf.math.rsqrt(variance + self.epsilon)
+        inverse = tf.math.rsqrt(variance + constant(self.epsilon))
         return tf.cast(normalise(deviations, gamma, beta, first, inverse, axes, rows), inputs.dtype)
 
 
@@ -80,7 +80,7 @@ def normalise(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, mean: tf.Tensor, 
     def gradients(dy: tf.Tensor) -> Tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         normalised = centred * inverse
         own = [tf.reduce_sum(dy * normalised, axes), tf.reduce_sum(dy, axes)]  # of gamma and beta
-        along, shift = tf.unstack(all_reduce(tf.stack(own), tf.distribute.ReduceOp.SUM) / rows)
+        along, shift = tf.unstack(all_reduce(tf.stack(own), tf.distribute.ReduceOp.SUM) / constant(float(rows)))
         return (dy - shift - normalised * along) * scale, own[0], own[1]
 
     with record.stop_recording():
@@ -90,6 +90,17 @@ def normalise(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, mean: tf.Tensor, 
     # As tf.custom_gradient would, but without its walk through the graph in search of variables.
     record.record_operation("BatchNorm", [y], [x, gamma, beta], gradients)
     return y
+
+
+def constant(*values: float) -> tf.Tensor:
+    """Within a replica: a number, or several, made once in a graph. BatchNorm's own of each time would be a tenth of all operators."""
+    graph = tf.compat.v1.get_default_graph()
+    if getattr(OWN, "graph", None) is not graph:  # the graph that this replica's thread is tracing
+        OWN.graph, OWN.constants = graph, {}
+    key = type(values[0]), values  # 0 is an axis, 0.0 is none
+    if key not in OWN.constants:
+        OWN.constants[key] = tf.constant(values if len(values) > 1 else values[0])
+    return OWN.constants[key]
 
 
 def all_reduce(tensors: Any, op: Any = tf.distribute.ReduceOp.MEAN) -> Any:

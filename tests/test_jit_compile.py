@@ -78,7 +78,9 @@ def test_pretraining_compiles_its_step_once(tiny_images, tmp_path, mode):
     completed(begin_tiny(tiny_images, tmp_path / "plain", *flags))
     mine, other = (np.loadtxt(str(tmp_path / name / "losses.txt")) for name in ("jit", "plain"))
     assert len(mine) == 6
-    np.testing.assert_allclose(mine[0], other[0], rtol=1e-4)
+    # Of TensorFlow 2.13, XLA's bfloat16 is rounded elsewhere in the first forward pass already (seen: 1.9e-4).
+    first = 5e-4 if mode == "allow_mix_precision" and tf.__version__.startswith("2.13.") else 1e-4
+    np.testing.assert_allclose(mine[0], other[0], rtol=first)
     # XLA rounds to bfloat16 less often, so that the weights go apart by its rounding.
     np.testing.assert_allclose(mine, other, rtol=1e-4 if mode == "must_keep_origin_dtype" else 1e-3)
     dumped = [name for name in os.listdir(str(tmp_path / "dump")) if "train_step_pretraining" in name]

@@ -159,7 +159,7 @@ def test_what_concerns_all_workers_ends_them_all(tiny_images, tmp_path):
     workers = begin_workers(tiny_images, tmp_path / "run", 2, "--learning_rate=1e38")
     said = [worker.communicate(timeout=400) for worker in workers]
     assert [worker.returncode for worker in workers] == [1, 1]
-    assert all("The loss of step" in error.splitlines()[-1] for _, error in said)
+    assert all("The loss of step" in error.splitlines()[-1] for _, error in said), said
 
 
 # What is computed and sent, in a process that has two devices
