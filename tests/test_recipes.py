@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from command import pretrain
+from command import BLOCKS, pretrain
 
 import embed
+import models
 import neighbours
 import npu_config
 import pretraining
@@ -57,10 +58,10 @@ def test_flags_and_config_json(tmp_path):
 
 def test_all_settings_at_once_train_and_go_on(tmp_path):
     """The same losses in one run and in two, with every setting other than by default."""
-    flags = ["--%s=%s" % item for item in EVERYTHING.items()] + ["--num_epochs=2", "--batch_size=1000"]
+    flags = ["--%s=%s" % item for item in EVERYTHING.items()] + ["--num_epochs=2"]
     for folder, steps in (("one", (4,)), ("two", (1, 4))):
         for step in steps:
-            status, out, error = pretrain(tmp_path / folder, *flags, "--max_steps=%d" % step, forked=True)
+            status, out, error = pretrain(tmp_path / folder, *flags, "--max_steps=%d" % step, forked=True, blocks=BLOCKS)
             assert status == 0, error
     assert "Shape of z: (256, 32)" in out and "Resuming from step 1" in out
     one, two = ((tmp_path / folder / "losses.txt").read_text() for folder in ("one", "two"))
@@ -97,11 +98,13 @@ def test_an_ascend_takes_the_loop_whole(settings):
     assert report.loop == "npu-loop" and not report.problems
 
 
-def test_the_encoder_that_was_trained_normalised_is_evaluated_so(tmp_path):
+def test_the_encoder_that_was_trained_normalised_is_evaluated_so(tmp_path, monkeypatch):
     """The weights file tells it: features as of the encoder that the run had, and k-NN as the run told it."""
-    status, out, error = pretrain(tmp_path, "--normalise=cifar10", "--num_views=3", "--num_epochs=1", "--knn_every=1", forked=True)
+    status, out, error = pretrain(tmp_path, "--normalise=cifar10", "--num_views=3", "--num_epochs=1", "--knn_every=1", forked=True,
+                                  blocks=BLOCKS)
     assert status == 0, error
     knn = json.loads((tmp_path / "metrics.json").read_text())["knn"][-1]["accuracy"]
+    monkeypatch.setitem(models.ENCODERS, "resnet18", lambda width, **more: models.ResNet(BLOCKS, width, **more))
     config = embed.Config(encoder_weights=str(tmp_path / "f_online_1.h5"), width_multiplier=1 / 16, dataset="shapes", device="cpu",
                           output_dir=str(tmp_path), quiet=True)
     content = embed.embed(config)
