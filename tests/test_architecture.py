@@ -80,3 +80,9 @@ def test_sources_and_devices_know_no_command_and_nothing_of_the_method():
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_no_file_is_long(name):
     assert len(open(MODULES[name], encoding="utf-8").readlines()) <= LONGEST
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_the_readmes_name_every_module(readme):
+    text = open(os.path.join(ROOT, readme), encoding="utf-8").read()
+    assert not [path for path in MODULES.values() if os.path.basename(path) not in text and not path.endswith("__init__.py")]
