@@ -270,12 +270,14 @@ def signals_noted() -> Iterator[Signals]:
     SIGHUP under nohup. Outside of the main thread, where Python has no handlers, none is noted.
     """
     noted = Signals()
+    own = []  # type: List[int]  # noted.number may be what another worker has got
     before = {}  # type: Dict[int, Any]
 
     def note(number: int, frame: Any) -> None:
         signal.signal(number, before[number])
-        if noted.number:  # one of another kind, perhaps before Python could look for the first
+        if own:  # one of another kind, perhaps before Python could look for the first
             os.kill(os.getpid(), number)
+        own.append(number)
         noted.number = noted.number or number
 
     if threading.current_thread() is threading.main_thread():

@@ -44,6 +44,21 @@ def test_a_signal_is_noted_and_a_second_one_has_its_usual_effect(number):
             signal.signal(number, handler)
 
 
+def test_the_own_first_signal_is_no_second_one_where_another_worker_had_it_before():
+    """A signal to all workers reaches each at another moment: one that already saves for another's sake must not end at its own."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append("usual"))
+    try:
+        with commands.signals_noted() as signals:
+            signals.number = signal.SIGINT  # as the workers agree when one of them has got it
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert not came and signals.number == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert came == ["usual"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_an_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
