@@ -71,6 +71,13 @@ class Fork:
         return open(self._out.name).read()
 
 
+def encoder_of(blocks):
+    """What to put for an entry of models.ENCODERS: an encoder of so many blocks in its four parts."""
+    import models  # not before a fork
+
+    return lambda width, name="resnet18", **more: models.ResNet(blocks, width, name, **more)
+
+
 def _forked(command, arguments, out, error, blocks, env):
     os.environ.update(env)
     for name, number in ((out, 1), (error, 2)):
@@ -80,7 +87,7 @@ def _forked(command, arguments, out, error, blocks, env):
     if blocks:  # an encoder of few blocks, whose graph is made in a fraction of the time
         import models
 
-        models.ENCODERS["resnet18"] = lambda width, name="resnet18", **more: models.ResNet(blocks, width, name, **more)
+        models.ENCODERS["resnet18"] = encoder_of(blocks)
     sys.argv = [os.path.join(ROOT, command)] + [str(a) for a in arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

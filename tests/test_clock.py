@@ -5,7 +5,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from command import BLOCKS
+from command import BLOCKS, encoder_of
 
 import models
 import pretraining
@@ -37,7 +37,7 @@ def train(images, folder, **settings):
 
 
 def test_a_run(tiny_images, tmp_path, monkeypatch, jumping, capsys):
-    monkeypatch.setitem(models.ENCODERS, "resnet18", lambda width, name="resnet18", **more: models.ResNet(BLOCKS, width, name, **more))
+    monkeypatch.setitem(models.ENCODERS, "resnet18", encoder_of(BLOCKS))
     first = train(tiny_images, tmp_path, max_steps=8)
     os.utime(first.weights, (time.time() + 9 * DAY,) * 2)  # before the clock was set back
     jumping.days = -5.0

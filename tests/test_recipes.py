@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from command import BLOCKS, pretrain
+from command import BLOCKS, encoder_of, pretrain
 
 import embed
 import models
@@ -104,7 +104,7 @@ def test_the_encoder_that_was_trained_normalised_is_evaluated_so(tmp_path, monke
                                   blocks=BLOCKS)
     assert status == 0, error
     knn = json.loads((tmp_path / "metrics.json").read_text())["knn"][-1]["accuracy"]
-    monkeypatch.setitem(models.ENCODERS, "resnet18", lambda width, **more: models.ResNet(BLOCKS, width, **more))
+    monkeypatch.setitem(models.ENCODERS, "resnet18", encoder_of(BLOCKS))
     config = embed.Config(encoder_weights=str(tmp_path / "f_online_1.h5"), width_multiplier=1 / 16, dataset="shapes", device="cpu",
                           output_dir=str(tmp_path), quiet=True)
     content = embed.embed(config)
