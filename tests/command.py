@@ -19,6 +19,7 @@ SMALL = ["--dataset=shapes", "--device=cpu", "--width_multiplier=0.0625", "--bat
 # For the images of the fixture `tiny_images`: 24 steps, 4 an epoch, of an encoder of one block.
 BLOCKS = (0, 1, 0, 0)
 TINY = ["--dataset=folder", "--image_size=8", "--device=cpu", "--width_multiplier=0.0625", "--batch_size=16", "--num_epochs=6"]
+FAKE_NPU = os.path.join(ROOT, "tests", "fake_npu")  # the folder of the stand-in for the NPU's adapter
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["command", "pretraining"])
 
@@ -34,13 +35,13 @@ def start(command, *arguments, **options):
 class Fork:
     """A forked run of a command, with what the tests use of subprocess.Popen."""
 
-    def __init__(self, command, arguments, blocks=None, env=None):
+    def __init__(self, command, arguments, blocks=None, env=None, images=None):
         self._out, self._error = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()
         path = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")] + ([path] if path else []))
         try:  # the first fork starts the server, which finds what it is to import by this path
             self._process = FORKS.Process(target=_forked, args=(command, arguments, self._out.name, self._error.name, blocks,
-                                                                   env or {}))
+                                                                env or {}, images))
             self._process.start()
         finally:
             os.environ.pop("PYTHONPATH")
@@ -78,8 +79,13 @@ def encoder_of(blocks):
     return lambda width, name="resnet18", **more: models.ResNet(blocks, width, name, **more)
 
 
-def _forked(command, arguments, out, error, blocks, env):
+def _forked(command, arguments, out, error, blocks, env, images):
+    """blocks: of the encoder. images: how many shapes there are, for training and for testing.
+
+    In env, PYTHONPATH works as at a start, and STEEP gives a loss that is as it should be but has an infinite gradient.
+    """
     os.environ.update(env)
+    sys.path[:0] = env["PYTHONPATH"].split(os.pathsep) if "PYTHONPATH" in env else []
     for name, number in ((out, 1), (error, 2)):
         handle = os.open(name, os.O_WRONLY | os.O_APPEND)
         os.dup2(handle, number)
@@ -88,6 +94,17 @@ def _forked(command, arguments, out, error, blocks, env):
         import models
 
         models.ENCODERS["resnet18"] = encoder_of(blocks)
+    if images:
+        import datasets
+
+        datasets.SHAPES_TRAIN, datasets.SHAPES_TEST = images
+    if "STEEP" in env:
+        import tensorflow as tf
+
+        import losses
+
+        byol_loss = losses.byol_loss
+        losses.byol_loss = lambda p, z: byol_loss(p, z) + (byol_loss(p, z) - tf.stop_gradient(byol_loss(p, z))) * 1e38 * 1e38
     sys.argv = [os.path.join(ROOT, command)] + [str(a) for a in arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

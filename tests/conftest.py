@@ -14,6 +14,9 @@ sys.dont_write_bytecode = True
 # A shell's job in the background ignores Ctrl-C, and so would every command that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# XLA takes a minute to make fast code of the networks, and a second to make some. What it computes is the same.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 import commands  # noqa: E402, F401  (sets TensorFlow's log level before any test imports it)
 
 

@@ -57,4 +57,5 @@ def test_the_encoder_s_gradient_in_bfloat16_is_the_same_but_for_rounding(bfloat1
         operators.append([op.type for op in graph.get_operations()].count("Conv2DBackpropFilter"))
     assert operators == [20 - replaced, 20]
     for mine, own in zip(*found):
-        assert np.linalg.norm(mine - own) <= 0.02 * np.linalg.norm(own)
+        # 2.5 % on a processor without bfloat16 instructions, where both are computed in other ways
+        assert np.linalg.norm(mine - own) <= 0.04 * np.linalg.norm(own)

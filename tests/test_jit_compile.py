@@ -73,14 +73,15 @@ def test_the_loss_scale_grows_and_falls(learners):
 @pytest.mark.parametrize("mode", WITH_BFLOAT16)
 def test_pretraining_compiles_its_step_once(tiny_images, tmp_path, mode):
     flags = ["--precision_mode=" + mode, "--max_steps=6", "--log_every=2"]
-    dump = {"XLA_FLAGS": "--xla_dump_to=%s --xla_dump_hlo_as_text" % (tmp_path / "dump")}
+    dump = {"XLA_FLAGS": "%s --xla_dump_to=%s --xla_dump_hlo_as_text" % (os.environ["XLA_FLAGS"], tmp_path / "dump")}
     completed(begin_tiny(tiny_images, tmp_path / "jit", "--jit_compile", *flags, env=dump))
     completed(begin_tiny(tiny_images, tmp_path / "plain", *flags))
     mine, other = (np.loadtxt(str(tmp_path / name / "losses.txt")) for name in ("jit", "plain"))
     assert len(mine) == 6
-    np.testing.assert_allclose(mine[0], other[0], rtol=1e-4)
-    # XLA rounds to bfloat16 less often, so that the weights go apart by its rounding.
-    np.testing.assert_allclose(mine, other, rtol=1e-4 if mode == "must_keep_origin_dtype" else 1e-3)
+    # XLA rounds to bfloat16 less often, how much less is the processor's, and the weights go apart by that.
+    exact = mode == "must_keep_origin_dtype"
+    np.testing.assert_allclose(mine[0], other[0], rtol=1e-4 if exact else 3e-4)
+    np.testing.assert_allclose(mine, other, rtol=1e-4 if exact else 1e-3)
     dumped = [name for name in os.listdir(str(tmp_path / "dump")) if "train_step_pretraining" in name]
     assert len({re.search(r"module_(\d+)", name).group(1) for name in dumped}) == 1
 

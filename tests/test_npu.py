@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import tensorflow as tf
+from command import FAKE_NPU
 
 import npu_config
 from commands import UserError
 from devices import ascend
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-FAKE = os.path.join(ROOT, "tests", "fake_npu")
 CLUSTER = ("RANK_SIZE", "RANK_ID", "RANK_TABLE_FILE", "CM_WORKER_SIZE", "CM_CHIEF_IP", "ASCEND_DEVICE_ID")
 
 
@@ -28,7 +28,7 @@ def load_adapter(monkeypatch, **variables):
     """The stand-in as the module npu_device of this process; open() must not be called, for it would not be undone."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    spec = importlib.util.spec_from_file_location("npu_device", os.path.join(FAKE, "npu_device", "__init__.py"))
+    spec = importlib.util.spec_from_file_location("npu_device", os.path.join(FAKE_NPU, "npu_device", "__init__.py"))
     adapter = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(adapter)
     monkeypatch.setitem(sys.modules, "npu_device", adapter)
@@ -42,13 +42,13 @@ def options_set(monkeypatch, mode="allow_mix_precision", version="", **settings)
 
 
 def run_python(*arguments, **variables):
-    environment = dict(os.environ, PYTHONPATH=FAKE, **variables)
+    environment = dict(os.environ, PYTHONPATH=FAKE_NPU, **variables)
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, universal_newlines=True)
 
 
 def test_the_stand_in_is_strict(tmp_path):
-    done = run_python(os.path.join(FAKE, "behaviour.py"))
+    done = run_python(os.path.join(FAKE_NPU, "behaviour.py"))
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "as strict as it should be", done.stderr
 
 

@@ -1,15 +1,10 @@
 """Several ranks, through the stand-in for the NPU's adapter: they stop after the same step, and none waits for ever for another."""
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from command import TINY, wait_for
-from conftest import ROOT
-from test_npu_overflow import FAKE, START
+from command import FAKE_NPU, begin_tiny, wait_for
 
 
 class Ranks:
@@ -20,13 +15,10 @@ class Ranks:
         (folder / "table.json").write_text("{}")
         self.processes = []
         for rank in range(ranks):
-            command = [sys.executable, "-c", START, *TINY, "--device=npu", "--data_dir=%s" % images,
-                       "--output_dir=%s" % (folder / "out"), "--num_epochs=5000", "--log_every=4", *(flags if rank else ())]
-            environment = dict(os.environ, PYTHONPATH=os.pathsep.join([ROOT, FAKE]), PYTHONWARNINGS="ignore", RANK_SIZE="2",
-                               RANK_ID=str(rank), RANK_TABLE_FILE=str(folder / "table.json"), ASCEND_DEVICE_ID=str(rank),
-                               FAKE_HCCL=str(folder / "hccl"), BYOL_RANK_TIMEOUT=seconds)
-            self.processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                                   universal_newlines=True))
+            environment = dict(PYTHONPATH=FAKE_NPU, RANK_SIZE="2", RANK_ID=str(rank), RANK_TABLE_FILE=str(folder / "table.json"),
+                               ASCEND_DEVICE_ID=str(rank), FAKE_HCCL=str(folder / "hccl"), BYOL_RANK_TIMEOUT=seconds)
+            self.processes.append(begin_tiny(images, folder / "out", "--device=npu", "--num_epochs=5000", "--log_every=4",
+                                             *(flags if rank else ()), env=environment))
         self.folder = folder
 
     def wait_for_a_checkpoint(self):
@@ -40,7 +32,7 @@ class Ranks:
         finally:
             for process in self.processes:
                 if process.poll() is None:
-                    process.kill()
+                    process.send_signal(signal.SIGKILL)
                     process.communicate()
 
 
@@ -77,6 +69,6 @@ def test_a_rank_that_is_alone_from_the_start_ends(tiny_images, tmp_path):
 def test_a_rank_whose_neighbour_is_killed_ends(tiny_images, tmp_path):
     ranks = Ranks(tiny_images, tmp_path, seconds="45")
     ranks.wait_for_a_checkpoint()
-    ranks.processes[1].kill()
+    ranks.processes[1].send_signal(signal.SIGKILL)
     (status, _, error), _ = ranks.end()
     assert (status, error) == (1, ALONE % 45)

@@ -25,7 +25,7 @@ LINE = re.compile(r"^\[Epoch (\d+)/(\d+) Batch (\d+)/(\d+)\] Loss=(\d\.\d{5})\. 
 def finished(tmp_path_factory):
     """A run of two epochs of 78 batches, ended at step 100."""
     folder = tmp_path_factory.mktemp("run")
-    status, out, error = pretrain(folder, "--num_epochs=2", "--max_steps=100", "--save_every=1", "--log_every=20")
+    status, out, error = pretrain(folder, "--num_epochs=2", "--max_steps=100", "--save_every=1", "--log_every=20", "--image_size=16")
     assert status == 0, error
     return folder, out, error
 

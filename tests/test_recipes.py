@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from command import BLOCKS, encoder_of, pretrain
 
+import datasets
 import embed
 import models
 import neighbours
@@ -17,6 +18,7 @@ from augmentation import Views
 from commands import UserError
 from devices import graph_check
 
+FEW = (640, 300)  # images for training and for testing
 EVERYTHING = dict(crop="area", min_area=0.2, flip_probability=0.5, brightness=0.3, contrast=0.3, saturation=0.2, hue=0.05,
                   brightness_multiplies=True, grey_probability=0.1, solarize_probability=0.2, blur_probability=0.9,
                   blur_probability_second=0.2, color_order="random", num_views=3,
@@ -50,7 +52,8 @@ def test_what_is_given_wins():
 
 
 def test_flags_and_config_json(tmp_path):
-    status, out, error = pretrain(tmp_path, "--recipe=reference", "--momentum=0.5", "--max_steps=1", forked=True)
+    status, out, error = pretrain(tmp_path, "--recipe=reference", "--momentum=0.5", "--max_steps=1", forked=True, blocks=BLOCKS,
+                                  images=FEW)
     assert status == 0, error
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["recipe"], config["lr_schedule"], config["weight_decay"], config["momentum"]) == ("reference", "constant", 0, 0.5)
@@ -58,10 +61,11 @@ def test_flags_and_config_json(tmp_path):
 
 def test_all_settings_at_once_train_and_go_on(tmp_path):
     """The same losses in one run and in two, with every setting other than by default."""
-    flags = ["--%s=%s" % item for item in EVERYTHING.items()] + ["--num_epochs=2"]
+    flags = ["--%s=%s" % item for item in EVERYTHING.items()] + ["--num_epochs=2", "--image_size=16"]
     for folder, steps in (("one", (4,)), ("two", (1, 4))):
         for step in steps:
-            status, out, error = pretrain(tmp_path / folder, *flags, "--max_steps=%d" % step, forked=True, blocks=BLOCKS)
+            status, out, error = pretrain(tmp_path / folder, *flags, "--max_steps=%d" % step, forked=True, blocks=BLOCKS,
+                                          images=FEW)
             assert status == 0, error
     assert "Shape of z: (256, 32)" in out and "Resuming from step 1" in out
     one, two = ((tmp_path / folder / "losses.txt").read_text() for folder in ("one", "two"))
@@ -69,7 +73,8 @@ def test_all_settings_at_once_train_and_go_on(tmp_path):
 
 
 def test_sgd_says_so(tmp_path):
-    status, out, error = pretrain(tmp_path, "--optimizer=sgd", "--learning_rate=0.08", "--max_steps=1", forked=True)
+    status, out, error = pretrain(tmp_path, "--optimizer=sgd", "--learning_rate=0.08", "--max_steps=1", forked=True,
+                                  blocks=BLOCKS, images=FEW)
     assert status == 0 and "Using SGD optimizer with learning rate 0.01." in out, error
 
 
@@ -92,7 +97,8 @@ def test_the_targets_momentum_rises(monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [{"recipe": name} for name in sorted(recipes.RECIPES)] + [EVERYTHING])
-def test_an_ascend_takes_the_loop_whole(settings):
+def test_an_ascend_takes_the_loop_whole(settings, monkeypatch):
+    monkeypatch.setitem(models.ENCODERS, "resnet18", encoder_of(BLOCKS))
     config = pretraining.Config(width_multiplier=1 / 16, batch_size=8, **settings)
     report = graph_check.examine(pretraining.trace(config))
     assert report.loop == "npu-loop" and not report.problems
@@ -101,10 +107,12 @@ def test_an_ascend_takes_the_loop_whole(settings):
 def test_the_encoder_that_was_trained_normalised_is_evaluated_so(tmp_path, monkeypatch):
     """The weights file tells it: features as of the encoder that the run had, and k-NN as the run told it."""
     status, out, error = pretrain(tmp_path, "--normalise=cifar10", "--num_views=3", "--num_epochs=1", "--knn_every=1", forked=True,
-                                  blocks=BLOCKS)
+                                  blocks=BLOCKS, images=FEW)
     assert status == 0, error
     knn = json.loads((tmp_path / "metrics.json").read_text())["knn"][-1]["accuracy"]
     monkeypatch.setitem(models.ENCODERS, "resnet18", encoder_of(BLOCKS))
+    monkeypatch.setattr(datasets, "SHAPES_TRAIN", FEW[0])
+    monkeypatch.setattr(datasets, "SHAPES_TEST", FEW[1])
     config = embed.Config(encoder_weights=str(tmp_path / "f_online_1.h5"), width_multiplier=1 / 16, dataset="shapes", device="cpu",
                           output_dir=str(tmp_path), quiet=True)
     content = embed.embed(config)

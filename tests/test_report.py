@@ -159,11 +159,11 @@ def test_what_keeps_neighbours_from_being_drawn_is_told(tmp_path):
 
 def test_a_real_run_shows_views_and_neighbours(tmp_path):
     run = tmp_path / "run"
-    status, _, error = pretrain(run, "--num_epochs=1", "--max_steps=10", "--knn_every=0")
+    status, _, error = pretrain(run, "--num_epochs=1", "--knn_every=0", forked=True, images=(640, 100))
     assert status == 0, error
     page = open(report.write([str(run)], searched=100, beside=["cifar10-narrow", "none"])).read()
     assert "Not drawn" not in page and "their two views" in page and "most similar" in page
-    for of in ("by f_online_step_10.h5", "by cifar10-narrow", "by random weights"):
+    for of in ("by f_online_1.h5", "by cifar10-narrow", "by random weights"):
         assert of in page, of
     assert len({(run / ("report_neighbours%s.png" % which)).read_bytes() for which in ("", "_1", "_2")}) == 3
     picture = tf.io.decode_png((run / "report_neighbours.png").read_bytes()).numpy()

