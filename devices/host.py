@@ -51,7 +51,7 @@ def _half(options: Any, gpus: Sequence[Any]) -> Tuple[Optional[str], Optional[st
         raise UserError("--precision_mode allow_mix_precision: TensorFlow %s has no bfloat16 convolutions on the CPU; use "
                         "must_keep_origin_dtype here, or a current TensorFlow." % tf.__version__)
     return "bfloat16", None if fast else ("This processor has no bfloat16 instructions: --precision_mode "
-                                          "allow_mix_precision is slower than must_keep_origin_dtype here.")
+                                          "allow_mix_precision is several times slower than must_keep_origin_dtype here.")
 
 
 def processor_has_bfloat16() -> bool:
