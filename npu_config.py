@@ -32,7 +32,8 @@ class Options:
     precision_mode: Optional[str] = flag(
         None, "Precision, by the NPU adapter's names. Default: allow_mix_precision on NPU (ModelZoo README) and GPU, "
         "must_keep_origin_dtype (float32) on CPU. allow_mix_precision on GPU is Keras's mixed_bfloat16 where the GPU has "
-        "it, else mixed_float16; on CPU it is mixed_bfloat16.", choices=PRECISION_MODES)
+        "it, else mixed_float16; on CPU it is mixed_bfloat16 where processor and TensorFlow have it, else float32.",
+        choices=PRECISION_MODES)
     loss_scale: str = flag("auto", "auto, dynamic, none, or a number. auto: dynamic where something is computed in float16, "
                            "else none.")
     num_devices: int = flag(1, "GPUs (or logical CPU devices) of this machine to train on together; with TF_CONFIG, of each "

@@ -18,6 +18,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import commands  # noqa: E402, F401  (sets TensorFlow's log level before any test imports it)
+from devices import host  # noqa: E402
+
+host.processor_has_bfloat16 = lambda: True  # so that bfloat16 is tested on every processor, if only slowly
 
 
 def pytest_configure(config):

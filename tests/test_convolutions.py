@@ -57,5 +57,19 @@ def test_the_encoder_s_gradient_in_bfloat16_is_the_same_but_for_rounding(bfloat1
         operators.append([op.type for op in graph.get_operations()].count("Conv2DBackpropFilter"))
     assert operators == [20 - replaced, 20]
     for mine, own in zip(*found):
-        # 2.5 % on a processor without bfloat16 instructions, where both are computed in other ways
+        # 2.5 % on a processor without bfloat16 instructions, where both are emulated
         assert np.linalg.norm(mine - own) <= 0.04 * np.linalg.norm(own)
+
+
+@pytest.mark.parametrize("instructions", [True, False])
+def test_on_a_cpu_without_bfloat16_mixed_precision_is_float32_and_that_is_said(monkeypatch, instructions):
+    monkeypatch.setattr(host, "processor_has_bfloat16", lambda: instructions)
+    device = npu_config.open_device(npu_config.Options(device="cpu", precision_mode="allow_mix_precision"))
+    name = device.describe()
+    npu_config.open_device(npu_config.Options(device="cpu"))
+    if instructions and host.BFLOAT16_ON_CPU:
+        assert (device.half, name, device.advice) == ("bfloat16", "CPU in mixed_bfloat16", None)
+    else:
+        why = "this processor has no bfloat16 instructions." if host.BFLOAT16_ON_CPU else "TensorFlow %s" % tf.__version__
+        assert (device.half, name) == (None, "CPU in float32") and device.advice.startswith("Computing in float32: " + why)
+        assert device.convolution is keras.layers.Conv2D
