@@ -29,6 +29,11 @@ def pytest_configure(config):
     os.environ["XDG_CACHE_HOME"] = config.byol_cache
 
 
+def pytest_collection_modifyitems(items):
+    """The notebook, which takes minutes, begins first, so that no worker waits for it at the end."""
+    items.sort(key=lambda item: "test_tour" not in item.nodeid)
+
+
 def pytest_unconfigure(config):
     shutil.rmtree(config.byol_cache, ignore_errors=True)
 
