@@ -14,6 +14,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
+from command import FAKE_NPU
 
 import datasets
 import npu_config
@@ -53,7 +54,7 @@ class Runs:
 
     def run(self, name, command, **variables):
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("RANK_", "CM_", "ASCEND_", "JOB_"))}
-        environment.update(variables, PYTHON=sys.executable, PYTHONPATH=os.path.join(ROOT, "tests", "fake_npu"),
+        environment.update(variables, PYTHON=sys.executable, PYTHONPATH=FAKE_NPU,
                            FAKE_NPU_LOG=self.path(name + ".jsonl"), FAKE_HCCL=self.path("hccl"))
         with open(self.path(name + ".out"), "w") as file:
             status = subprocess.call(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
