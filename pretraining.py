@@ -267,7 +267,8 @@ def consistent(config: Config) -> Config:
                             "default --log_every)." % (steps, loop_size))
         config = dataclasses.replace(config, save_checkpoints_steps=steps + loop_size - steps % loop_size)
     if config.warmup_epochs >= config.num_epochs:
-        raise UserError("--warmup_epochs %d leaves none of --num_epochs %d." % (config.warmup_epochs, config.num_epochs))
+        raise UserError("--warmup_epochs %d leaves none of --num_epochs %d; give fewer of these or more of those." % (
+            config.warmup_epochs, config.num_epochs))
     if config.perf == 0 and config.max_steps is None:
         config = dataclasses.replace(config, max_steps=PERFORMANCE_STEPS)
     larger = datasets.stored_size(config.image_size, config.store_size) > config.image_size
