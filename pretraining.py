@@ -267,7 +267,7 @@ def consistent(config: Config) -> Config:
                             "default --log_every)." % (steps, loop_size))
         config = dataclasses.replace(config, save_checkpoints_steps=steps + loop_size - steps % loop_size)
     if config.warmup_epochs >= config.num_epochs:
-        raise UserError("--warmup_epochs %d leaves none of --num_epochs %d; give fewer of these or more of those." % (
+        raise UserError("--warmup_epochs %d leaves none of --num_epochs %d; give fewer warm-up epochs or more epochs." % (
             config.warmup_epochs, config.num_epochs))
     if config.perf == 0 and config.max_steps is None:
         config = dataclasses.replace(config, max_steps=PERFORMANCE_STEPS)
