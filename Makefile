@@ -29,7 +29,7 @@ demo: $(VENV)/.installed  ## in less than five minutes on two cores: a minute of
 	@rm -rf runs/demo
 	@printf '\n1. A minute of pretraining from scratch, on $(IMAGES): the command, its progress, loss and spread.\n\n'
 	$(RUN) pretraining.py $(ON) --num_epochs 4 --max_steps 156 --batch_size $(if $(PHOTOS),32,128) --knn_every 0 --output_dir runs/demo
-	@printf '\n2. A minute is too short to learn much. The encoder cifar10-narrow has had two hours, on photographs without labels.\n'
+	@printf '\n2. A minute is too short to learn much. The encoder cifar10-narrow has had three hours, on photographs without labels.\n'
 	@printf 'Here are test images that it has never seen, of $(IMAGES): a classifier on its features, and one on those of random weights.\n\n'
 	$(RUN) linearevaluation.py --encoder_weights none $(ON) --cached_features --knn --output_dir runs/demo/random
 	$(RUN) linearevaluation.py --encoder_weights cifar10-narrow $(ON) --cached_features --knn --output_dir runs/demo/cifar10-narrow
