@@ -29,9 +29,11 @@ BOTTLENECKS = 53  # BatchNorms of ResNet-50
 LARGEST_CHUNK = 1 << 22  # numbers of a compressed dataset that are unpacked at once; the largest kernel here has 2.4 million
 
 
-def save_weights(network: Any, path: str) -> None:
+def save_weights(network: Any, path: str, kernels: str = "float32") -> None:
     """Write a network's weights in the layout of Keras 2's `save_weights`, all of it or nothing.
 
+    kernels: the type in which kernels of convolutions are stored; "float16" makes half the file. What else there is, BatchNorm's
+    small variances among it, stays float32. UserError if a kernel has numbers that the type cannot hold.
     The file is made in memory: HDF5 that writes to a full disk itself crashes the process (h5py 3, TensorFlow 2.21).
     """
     memory = io.BytesIO()
@@ -45,7 +47,11 @@ def save_weights(network: Any, path: str) -> None:
             group = file.create_group(layer.name)
             group.attrs["weight_names"] = [weight.name.encode() for weight in weights]
             for weight, value in zip(weights, keras.backend.batch_get_value(weights)):
-                group.create_dataset(weight.name, data=value)
+                with np.errstate(over="ignore"):
+                    stored = value.astype(kernels) if value.ndim > 1 else value
+                if np.isinf(stored).any() and np.isfinite(value).all():
+                    raise UserError("%s is not written: numbers of %s are too large for %s." % (path, weight.name, stored.dtype))
+                group.create_dataset(weight.name, data=stored)
     content = memory.getvalue()
     commands.write_atomically(path, content + SEAL % hashlib.sha256(content).hexdigest().encode())
 

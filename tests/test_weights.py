@@ -336,6 +336,30 @@ def test_other_floats_are_taken(tmp_path, encoder, content, dtype):
     assert sorted(array.sum() for array in expected) == sorted(array.sum() for array in encoder.get_weights())
 
 
+def test_kernels_are_stored_in_half_the_bytes(tmp_path):
+    encoder, loaded = trained_encoder(), models.ResNet18(1 / 16)
+    encoder.normalisation = "cifar10"
+    whole, half = str(tmp_path / "whole.h5"), str(tmp_path / "half.h5")
+    weights.save_weights(encoder, whole)
+    weights.save_weights(encoder, half, kernels="float16")
+    kernels = sum(array.size for array in encoder.get_weights() if array.ndim > 1)
+    assert os.path.getsize(whole) - os.path.getsize(half) >= 2 * kernels
+    weights.load_weights(loaded, half)
+    assert loaded.normalisation == "cifar10"
+    for found, array in zip(loaded.get_weights(), encoder.get_weights()):
+        np.testing.assert_array_equal(found, array.astype(np.float16) if array.ndim > 1 else array)
+    np.testing.assert_allclose(features(loaded), features(encoder), rtol=0.02, atol=0.02)
+
+
+def test_kernels_that_are_too_large_for_it_are_refused(tmp_path):
+    encoder = trained_encoder()
+    kernel = encoder.trainable_weights[0]
+    kernel.assign(kernel * 0 + 70000)
+    with pytest.raises(UserError, match="too large for float16"):
+        weights.save_weights(encoder, str(tmp_path / "half.h5"), kernels="float16")
+    assert os.listdir(str(tmp_path)) == []
+
+
 HARM = {
     "external storage": lambda file, group, name, path: replaced(file, group, name, external=[(path, 0, h5py.h5f.UNLIMITED)]),
     "virtual": lambda file, group, name, path: virtual(group, name, path),
