@@ -66,9 +66,12 @@ class History:
 
 
 @tf.function
-def all_finite(variables: Sequence[tf.Variable]) -> tf.Tensor:
-    """Whether all numbers of all these are finite: a bool scalar. One graph, made at the first call with these variables."""
-    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(variable)) for variable in variables])
+def all_finite(network: Any) -> tf.Tensor:
+    """Whether all numbers of its `weights` are finite: a bool scalar. One graph, made at the first call with this network.
+
+    (Given the weights themselves, it would make one at each call in mixed precision: Keras's variables are not known again there.)
+    """
+    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(weight)) for weight in network.weights])
 
 
 class Checkpoints:

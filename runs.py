@@ -221,7 +221,7 @@ class Run:
     def _check_finite(self, weights: bool = True) -> None:
         """UserError if a loss since the last look, or a weight now, is not a finite number; none of it has been saved then."""
         what = health.bad_loss(self.history.losses[-self.steps_per_epoch:], self.step)
-        if not what and weights and not checkpoints.all_finite(self.learner.f_online.weights):
+        if not what and weights and not checkpoints.all_finite(self.learner.f_online):
             what = "The weights after step %d are not finite" % self.step
         self._stop_for(what)
 

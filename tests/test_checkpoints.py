@@ -46,8 +46,9 @@ def restored_step(folder):
     return int(other.weight[0])
 
 
-def learner(scaled):
-    config = pretraining.Config(device="cpu", width_multiplier=1 / 16, loss_scale="dynamic" if scaled else "none")
+def learner(scaled, precision=None):
+    config = pretraining.Config(device="cpu", width_multiplier=1 / 16, loss_scale="dynamic" if scaled else "none",
+                                precision_mode=precision)
     return pretraining.Byol(config, npu_config.open_device(config), total_steps=10, loop_size=1)
 
 
@@ -321,7 +322,8 @@ def test_starting_anew_removes_the_parts_too(long, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoints.MARK, "history-x.json"]
 
 
-def test_a_second_save_makes_no_graph(tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["must_keep_origin_dtype", "allow_mix_precision"])
+def test_a_second_save_makes_no_graph(tmp_path, monkeypatch, precision):
     """On a device such a graph stays until the process ends."""
     made, real = [], func_graph.FuncGraph.__init__
 
@@ -330,7 +332,7 @@ def test_a_second_save_makes_no_graph(tmp_path, monkeypatch):
         real(graph, name, *arguments, **settings)
 
     monkeypatch.setattr(func_graph.FuncGraph, "__init__", counted)
-    state, history = learner(True), checkpoints.History()
+    state, history = learner(precision == "must_keep_origin_dtype", precision), checkpoints.History()
     kept = checkpoints.Checkpoints(str(tmp_path), state.state(), history, 2)
     kept.save(1)
     made.clear()
@@ -338,19 +340,20 @@ def test_a_second_save_makes_no_graph(tmp_path, monkeypatch):
     kept.save(3)
     assert made == []
     for _ in range(3):
-        assert checkpoints.all_finite(state.f_online.weights)
+        assert checkpoints.all_finite(state.f_online)
     assert len([name for name in made if "all_finite" in name]) == 1
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_found_in_any_variable(value):
-    variables = [tf.Variable(np.zeros(shape, np.float32)) for shape in ((), (3,), (2, 2, 2))]
-    assert checkpoints.all_finite(variables)
-    for variable in variables:
+    network = tf.Module()
+    network.weights = [tf.Variable(np.zeros(shape, np.float32)) for shape in ((), (3,), (2, 2, 2))]
+    assert checkpoints.all_finite(network)
+    for variable in network.weights:
         variable.assign(np.full(variable.shape, value))
-        assert not checkpoints.all_finite(variables)
+        assert not checkpoints.all_finite(network)
         variable.assign(np.zeros(variable.shape))
-    assert checkpoints.all_finite(variables)
+    assert checkpoints.all_finite(network)
 
 
 # Folders of the version before
