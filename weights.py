@@ -34,6 +34,7 @@ def save_weights(network: Any, path: str, kernels: str = "float32") -> None:
 
     kernels: the type in which kernels of convolutions are stored; "float16" makes half the file. What else there is, BatchNorm's
     small variances among it, stays float32. UserError if a kernel has numbers that the type cannot hold.
+
     The file is made in memory: HDF5 that writes to a full disk itself crashes the process (h5py 3, TensorFlow 2.21).
     """
     memory = io.BytesIO()
@@ -48,8 +49,8 @@ def save_weights(network: Any, path: str, kernels: str = "float32") -> None:
             group.attrs["weight_names"] = [weight.name.encode() for weight in weights]
             for weight, value in zip(weights, keras.backend.batch_get_value(weights)):
                 with np.errstate(over="ignore"):
-                    stored = value.astype(kernels) if value.ndim > 1 else value
-                if np.isinf(stored).any() and np.isfinite(value).all():
+                    stored = value.astype(kernels, copy=False) if value.ndim > 1 else value
+                if stored is not value and np.isinf(stored).any() and np.isfinite(value).all():
                     raise UserError("%s is not written: numbers of %s are too large for %s." % (path, weight.name, stored.dtype))
                 group.create_dataset(weight.name, data=stored)
     content = memory.getvalue()

@@ -332,7 +332,7 @@ def test_a_second_save_makes_no_graph(tmp_path, monkeypatch, precision):
         real(graph, name, *arguments, **settings)
 
     monkeypatch.setattr(func_graph.FuncGraph, "__init__", counted)
-    state, history = learner(precision == "must_keep_origin_dtype", precision), checkpoints.History()
+    state, history = learner(True, precision), checkpoints.History()
     kept = checkpoints.Checkpoints(str(tmp_path), state.state(), history, 2)
     kept.save(1)
     made.clear()
