@@ -2,12 +2,14 @@
 
 pretraining.py calls it between two calls of the training loop. Nothing here is part of what the device computes.
 """
+import collections
 import contextlib
 import dataclasses
 import functools
 import json
 import os
 import signal
+import statistics
 import time
 import zlib
 from typing import Any, ContextManager, Iterator, Optional, Tuple
@@ -93,6 +95,7 @@ class Run:
         self.signals = commands.Signals()
         self.step = self.saved = self.logged = self.listed = 0  # steps taken; as of the newest checkpoint, log line, losses.txt
         self.seconds_a_step = None  # type: Optional[float]
+        self.paces = collections.deque(maxlen=9)  # type: Deque[float]  # seconds a step, of the last lines
         if device.advice:
             self.say(device.advice)
         if device.is_chief:
@@ -197,9 +200,9 @@ class Run:
         """The known line, and after it what else is worth knowing."""
         self._check_finite(weights=False)  # reading them all is for when they are saved
         (epoch, batch), seconds = self._epoch_and_batch(), time.monotonic() - self.since
-        seconds_a_step = seconds / (self.step - self.logged)
-        images_a_second = self.config.batch_size / seconds_a_step
-        left = int((self.last_step - self.step) * seconds_a_step)
+        self.paces.append(seconds / (self.step - self.logged))
+        images_a_second = self.config.batch_size / self.paces[-1]
+        left = int((self.last_step - self.step) * statistics.median(self.paces))  # of which a pause or a busy moment is no part
         skipped = len(self.history.skipped)
         self.say("[Epoch %d/%d Batch %d/%d] Loss=%.5f. Time=%.2f, %.1f images/s, spread %.4f, %d:%02d:%02d left"
                  % (epoch, self.config.num_epochs, batch, self.steps_per_epoch, loss, seconds, images_a_second, spread,

@@ -11,6 +11,7 @@ import models
 import pretraining
 import progress
 import runfiles
+import runs
 from sources import folders, store
 
 DAY = 86400.0
@@ -51,6 +52,23 @@ def test_a_run(tiny_images, tmp_path, monkeypatch, jumping, capsys):
         seconds, rate, hours = (float(figure) for figure in line[:3])
         assert 0 <= seconds < 600 and rate > 0 and hours == 0
     assert all(0 < figures["images_per_second"] for figures in second.history.log)
+
+
+def test_a_pause_is_no_part_of_the_time_that_is_left(tiny_images, tmp_path, monkeypatch, capsys):
+    """As that of a laptop that slept for a day."""
+    monkeypatch.setitem(models.ENCODERS, "resnet18", encoder_of(BLOCKS))
+    log = runs.Run._log
+
+    def after_a_pause(run, *figures):
+        if run.step == 7:
+            run.since -= DAY
+        log(run, *figures)
+
+    monkeypatch.setattr(runs.Run, "_log", after_a_pause)
+    train(tiny_images, tmp_path)
+    lines = re.findall(r"Time=(\S+), .* (\d+):\d\d:\d\d left", capsys.readouterr().out)
+    assert [float(seconds) >= DAY for seconds, _ in lines] == [step == 7 for step in range(1, 25)]
+    assert {hours for _, hours in lines} == {"0"}
 
 
 def test_curves_stay_in_the_order_in_which_runs_were_started(tmp_path, monkeypatch):
