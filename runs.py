@@ -9,7 +9,6 @@ import functools
 import json
 import os
 import signal
-import statistics
 import time
 import zlib
 from typing import Any, ContextManager, Iterator, Optional, Tuple
@@ -202,7 +201,7 @@ class Run:
         (epoch, batch), seconds = self._epoch_and_batch(), time.monotonic() - self.since
         self.paces.append(seconds / (self.step - self.logged))
         images_a_second = self.config.batch_size / self.paces[-1]
-        left = int((self.last_step - self.step) * statistics.median(self.paces))  # of which a pause or a busy moment is no part
+        left = int((self.last_step - self.step) * np.median(self.paces))  # of which a pause or a busy moment is no part
         skipped = len(self.history.skipped)
         self.say("[Epoch %d/%d Batch %d/%d] Loss=%.5f. Time=%.2f, %.1f images/s, spread %.4f, %d:%02d:%02d left"
                  % (epoch, self.config.num_epochs, batch, self.steps_per_epoch, loss, seconds, images_a_second, spread,
