@@ -52,6 +52,8 @@ class Config(recipes.Recipe, npu_config.Options):
     image_size: int = flag(32, "Height and width of the images (reference: 32).", low=8, high=1024)
     store_size: Optional[int] = flag(None, "Height and width at which images are kept, for views to be cut from "
                                      "(paper: 256 for 224). Default: --image_size.", low=8, high=1024)
+    view_size: Optional[int] = flag(None, "Height and width of views; smaller ones make a step cheaper. Evaluation sees --image_size "
+                                    "pixels all the same. Default: --image_size.", low=8, high=1024)
     test_fraction: float = flag(0.1, "Of what has no images for testing of its own: the part kept for that.", low=0, high=0.9)
     cache_dir: Optional[str] = flag(None, "Where images are kept decoded, for every later start (default: ~/.cache/byol).")
     output_dir: str = flag(".", "Where results go.", alias="model_dir")
@@ -84,7 +86,7 @@ class Config(recipes.Recipe, npu_config.Options):
 
     def views(self) -> augmentation.Views:
         """How views are made."""
-        return dataclasses.replace(super().views(), size=self.image_size if self.store_size else None)
+        return dataclasses.replace(super().views(), size=self.view_size or (self.image_size if self.store_size else None))
 
 
 class Byol(tf.Module):
@@ -273,7 +275,8 @@ def consistent(config: Config) -> Config:
         config = dataclasses.replace(config, max_steps=PERFORMANCE_STEPS)
     larger = datasets.stored_size(config.image_size, config.store_size) > config.image_size
     config = dataclasses.replace(config, stem=config.stem or models.default_stem(config.image_size),
-                                 store_size=config.store_size if larger else None)
+                                 store_size=config.store_size if larger else None,
+                                 view_size=config.view_size if config.view_size != config.image_size else None)
     if config.overwrite and config.resume:
         raise UserError("--overwrite goes with --noresume.")
     return config

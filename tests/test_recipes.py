@@ -61,7 +61,7 @@ def test_flags_and_config_json(tmp_path):
 
 def test_all_settings_at_once_train_and_go_on(tmp_path):
     """The same losses in one run and in two, with every setting other than by default."""
-    flags = ["--%s=%s" % item for item in EVERYTHING.items()] + ["--num_epochs=2", "--image_size=16"]
+    flags = ["--%s=%s" % item for item in EVERYTHING.items()] + ["--num_epochs=2", "--image_size=16", "--view_size=12"]
     for folder, steps in (("one", (4,)), ("two", (1, 4))):
         for step in steps:
             status, out, error = pretrain(tmp_path / folder, *flags, "--max_steps=%d" % step, forked=True, blocks=BLOCKS,
@@ -96,7 +96,7 @@ def test_the_targets_momentum_rises(monkeypatch):
         np.testing.assert_allclose(target.numpy(), momentum * before + (1 - momentum) * kernel.numpy(), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{"recipe": name} for name in sorted(recipes.RECIPES)] + [EVERYTHING])
+@pytest.mark.parametrize("settings", [{"recipe": name} for name in sorted(recipes.RECIPES)] + [dict(EVERYTHING, view_size=24)])
 def test_an_ascend_takes_the_loop_whole(settings, monkeypatch):
     monkeypatch.setitem(models.ENCODERS, "resnet18", encoder_of(BLOCKS))
     config = pretraining.Config(width_multiplier=1 / 16, batch_size=8, **settings)

@@ -1,4 +1,7 @@
-"""Images that are kept larger than what the networks see: views are cut from all of them, evaluation takes their middle."""
+"""Images that are kept larger than what the networks see: views are cut from all of them, evaluation takes their middle.
+
+And views of a size of their own, which evaluation does not know.
+"""
 import json
 import os
 
@@ -52,8 +55,21 @@ def test_batches_are_views_of_whole_larger_images(size):
     np.testing.assert_allclose(view, crops_of(images[order], seeds[0], size), atol=1e-5)
 
 
+@pytest.mark.parametrize("size, kept", [(24, None), (40, None), (24, 48)])
+def test_views_have_a_size_of_their_own(size, kept):
+    images = some_images(4, kept or 32)
+    config = pretraining.consistent(pretraining.Config(view_size=size, store_size=kept, num_views=3))
+    views, = datasets.pretraining_batches(images, 4, 5, 0, 1, views=config.views(), number_of_views=config.num_views)
+    seeds, order = datasets._seeds(5, tf.constant(0, tf.int64), 3), datasets._order(5, tf.constant(0, tf.int64), 4).numpy()
+    assert len(views) == 3
+    for view, seed in zip(views, seeds):
+        expected = distort_as_drawn(crops_of(images[order], seed, size), augmentation.sample_colors(4, seed))
+        np.testing.assert_allclose(view, expected, atol=1e-4)
+
+
 def test_the_same_size_changes_nothing():
-    assert pretraining.consistent(pretraining.Config(store_size=32)) == pretraining.consistent(pretraining.Config())
+    for same in ({"store_size": 32}, {"view_size": 32}):
+        assert pretraining.consistent(pretraining.Config(**same)) == pretraining.consistent(pretraining.Config())
     assert pretraining.consistent(pretraining.Config(store_size=33)).store_size == 33
     images = some_images(16, 32)
     one, other = (augmentation.augment_images_finetuning(images, (1, 2), size=size).numpy() for size in (None, 32))
@@ -98,11 +114,11 @@ def test_sizes_that_cannot_be_are_one_line():
 
 
 def test_all_commands_share_the_stored_images_and_show_the_networks_the_small_ones(tiny_images, tmp_path, monkeypatch):
-    seen = set()
+    seen, learned = set(), set()
 
     class Encoder(models.ResNet):
         def call(self, x, training=False):
-            seen.add(x.shape[1])
+            (learned if training else seen).add(x.shape[1])
             return super().call(x, training)
 
     monkeypatch.setitem(models.ENCODERS, "resnet18", lambda width, **more: Encoder(BLOCKS, width, **more))
@@ -113,16 +129,20 @@ def test_all_commands_share_the_stored_images_and_show_the_networks_the_small_on
     datasets.prepare(datasets.Config(**data))
     stores = os.listdir(cache)
     assert len(stores) == 1 and "-12-" in stores[0]
-    config = pretraining.Config(batch_size=16, num_epochs=2, max_steps=4, knn_every=1, output_dir=run, **settings)
+    config = pretraining.Config(batch_size=16, num_epochs=2, max_steps=4, knn_every=1, view_size=10, output_dir=run, **settings)
     result = pretraining.train(config)
-    assert seen == {8} and len(result.history.knn) == 2
+    assert seen == {8} and learned == {10, 8} and len(result.history.knn) == 2  # 8: the statistics for random weights
+    learned.clear()
     with open(os.path.join(run, "config.json")) as file:
-        assert json.load(file)["store_size"] == 12
-    for other in (None, 16):
-        changed = dict(vars(config), store_size=other, cache_dir=str(tmp_path / "other"))
-        with pytest.raises(UserError, match="store_size was 12, is %s" % other):
+        kept = json.load(file)
+    assert (kept["store_size"], kept["view_size"]) == (12, 10)
+    for name, then, other in (("store_size", 12, None), ("store_size", 12, 16), ("view_size", 10, None), ("view_size", 10, 12)):
+        changed = dict(vars(config), **{"cache_dir": str(tmp_path / "other"), name: other})
+        with pytest.raises(UserError, match="%s was %s, is %s" % (name, then, other)):
             pretraining.train(pretraining.Config(**changed))
     assert pretraining.train(pretraining.Config(**dict(vars(config), max_steps=5))).step == 5  # goes on
+    assert learned == {10}
+    learned.clear()
     assert report.neighbours(report.Run(run), 20).ndim == 3
 
     settings.update(encoder_weights=result.weights, output_dir=run)
@@ -134,4 +154,4 @@ def test_all_commands_share_the_stored_images_and_show_the_networks_the_small_on
     for more in (dict(knn=True), dict(cached_features=True), dict(cached_features=True, augmented_copies=1)):
         linearevaluation.evaluate(linearevaluation.Config(batch_size=16, max_steps=2, **dict(settings, **more)))
     finetuning.finetune(finetuning.Config(batch_size=16, max_steps=1, **settings))
-    assert seen == {8} and os.listdir(cache) == stores
+    assert seen == learned == {8} and os.listdir(cache) == stores
