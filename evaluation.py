@@ -30,8 +30,8 @@ class Config(npu_config.Options):
     width_multiplier: float = flag(1.0, "The width that the encoder was made with.", low=1 / 64, high=8)
     stem: Optional[str] = flag(None, "Its first layers: cifar or imagenet. Default: what the weights file has; for random weights "
                                "cifar below 96 pixels, else imagenet.", choices=sorted(models.STEMS))
-    encoder_weights: Optional[str] = flag(None, "A file of pretraining.py's, as f_online_200.h5; cifar10-narrow: one that comes with "
-                                          "the program; none: random weights, to compare with.")
+    encoder_weights: Optional[str] = flag(None, "A file of pretraining.py's, as f_online_200.h5; cifar10, cifar10-narrow: those that "
+                                          "come with the program; none: random weights, to compare with.")
     dataset: str = flag("cifar10", "The images. shapes is made by the program and needs no files; folder is a folder of images; "
                         "tfds:NAME is what TensorFlow Datasets has prepared.", choices=datasets.NAMES)
     data_dir: Optional[str] = flag(None, "Where the data set lies: CIFAR's batches folder or .tar.gz, a folder of images, or the "

@@ -7,7 +7,7 @@ into the first RUN) and its curves beside it, as report_<name>.png. First come t
 weights: the k-NN accuracies of the run, and what linearevaluation.py and finetuning.py have written into RUN or into a folder
 in it, such as RUN/random with --encoder_weights none. Then curves, each with a line on how to read it; the pictures of
 embed.py and finetuning.py; and for a few test images the training images that the newest f_online_*.h5 takes for the most
-similar; with --beside also those that another encoder does, a file's, cifar10-narrow's, or that of random weights (none).
+similar; with --beside also those that another encoder does: a file's, a shipped one's (cifar10), or random weights' (none).
 """
 import argparse
 import base64
@@ -266,7 +266,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--searched", type=int, default=SEARCHED, metavar="N",
                         help="training images to look for neighbours among, 0: none (default: %(default)s)")
     parser.add_argument("--beside", metavar="WEIGHTS", action="append", default=[],
-                        help="show the most similar images by these weights, too: a file, cifar10-narrow, or none for random ones")
+                        help="show the most similar images by these weights, too: a file, cifar10, cifar10-narrow, or none (random)")
     options = parser.parse_args(arguments)
     if options.searched < 0:
         raise UserError("--searched is %d; it must be at least 0." % options.searched)

@@ -20,7 +20,8 @@ from commands import UserError
 from models import NORMALISATIONS, keras
 
 # Encoders that come with the program, as weights/<name>.h5 with a card beside it, and what they are made for.
-SHIPPED = {"cifar10-narrow": {"encoder": "resnet18", "width_multiplier": 0.25}}
+SHIPPED = {"cifar10": {"encoder": "resnet18", "width_multiplier": 1.0},
+           "cifar10-narrow": {"encoder": "resnet18", "width_multiplier": 0.25}}
 NORMALISATION = "byol_normalisation"  # the attribute of the file that keeps the name, where there is one
 SEAL = b"\nsha256 %s sha256\n"
 SEAL_BYTES = len(SEAL % (b"0" * 64))
