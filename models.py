@@ -16,6 +16,10 @@ NORMALISATIONS = {"none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), "cifar10": ((0.491
 STEMS = {"cifar": (3, 1), "imagenet": (7, 2)}  # size and stride of the first convolution
 # From here on ImageNet's stem is the default: it leaves 3 x 3 pixels or more to the last stage, and costs a sixteenth of CIFAR's.
 IMAGENET_PIXELS = 96
+# How kernels are drawn at first, for Keras's kernel_initializer: Keras's default, uniform within sqrt(6 / (fan in + fan out)); and
+# PyTorch's, uniform within 1 / sqrt(fan in). By name and settings: an initialiser object would give equal shapes equal kernels.
+INITIALIZERS = {"glorot": "glorot_uniform",
+                "torch": {"class_name": "VarianceScaling", "config": {"scale": 1 / 3, "mode": "fan_in", "distribution": "uniform"}}}
 NEGLIGIBLE = 2.0 ** -64  # a start's share in moving statistics that changes no digit of them, in float32
 
 
@@ -162,21 +166,29 @@ def ResNet50(width_multiplier: float = 1.0, name: str = "resnet50", conv: Any = 
 ENCODERS = {"resnet18": ResNet18, "resnet34": ResNet34, "resnet50": ResNet50}
 
 
+def drawn(layer: Any, initializer: str) -> Any:
+    """A class of layers with kernels, Conv2D or Dense, whose kernels are drawn as a name in INITIALIZERS says."""
+    return functools.partial(layer, kernel_initializer=INITIALIZERS[initializer])
+
+
 def default_stem(image_size: int) -> str:
     """The stem for images of so many pixels a side: ImageNet's from IMAGENET_PIXELS on."""
     return "imagenet" if image_size >= IMAGENET_PIXELS else "cifar"
 
 
 class ProjectionHead(keras.Model):
-    """The projector g and the predictor q: Dense `hidden`, BatchNorm, ReLU, Dense `features`. (b, any) -> (b, features)."""
+    """The projector g and the predictor q: Dense `hidden`, BatchNorm, ReLU, Dense `features`. (b, any) -> (b, features).
+
+    norm, dense: the classes of its layers.
+    """
 
     def __init__(self, hidden: int = 256, features: int = 128, name: str = "projection_head",
-                 norm: Any = keras.layers.BatchNormalization) -> None:
+                 norm: Any = keras.layers.BatchNormalization, dense: Any = keras.layers.Dense) -> None:
         super().__init__(name=name)
         self.features = features
-        self.hidden = keras.layers.Dense(hidden, name="hidden")
+        self.hidden = dense(hidden, name="hidden")
         self.norm = norm(name="norm")
-        self.output_layer = keras.layers.Dense(features, name="output")
+        self.output_layer = dense(features, name="output")
 
     def build(self, input_shape: Any) -> None:
         _build(self.hidden, (None, input_shape[-1]))

@@ -100,9 +100,10 @@ class Byol(tf.Module):
         self._config = config
         self._device = device
         make_encoder = functools.partial(models.ENCODERS[config.encoder], config.width_multiplier, norm=device.batch_norm,
-                                         conv=device.convolution, normalisation=config.normalise,
-                                         stem=config.stem or models.default_stem(config.image_size))
-        make_head = functools.partial(models.ProjectionHead, config.head_hidden, config.head_features, norm=device.batch_norm)
+                                         conv=models.drawn(device.convolution, config.kernel_initializer),
+                                         normalisation=config.normalise, stem=config.stem or models.default_stem(config.image_size))
+        make_head = functools.partial(models.ProjectionHead, config.head_hidden, config.head_features, norm=device.batch_norm,
+                                      dense=models.drawn(models.keras.layers.Dense, config.kernel_initializer))
         base = schedules.scaled_learning_rate(config.learning_rate, config.batch_size)
         self.schedule = functools.partial(schedules.warmup, base=base, total_steps=total_steps,
                                           warmup_steps=total_steps // config.num_epochs * config.warmup_epochs,

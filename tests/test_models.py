@@ -70,6 +70,19 @@ def test_keras_defaults():
         assert 0.8 * limit < largest <= limit and not layer.bias.numpy().any() and layer.padding == "same"
 
 
+def test_kernels_drawn_as_pytorch_does():
+    """torch.nn.Conv2d and Linear: kaiming_uniform_ with a = sqrt(5), which is uniform within 1 / sqrt(fan in)."""
+    encoders = [models.ResNet18(0.25, conv=models.drawn(keras.layers.Conv2D, "torch")) for _ in range(2)]
+    head = models.ProjectionHead(dense=models.drawn(keras.layers.Dense, "torch"))
+    head.build((None, 128))
+    kernels = [w.numpy() for network in encoders + [head] for w in network.trainable_weights if len(w.shape) > 1]
+    assert len(kernels) == 42
+    for kernel in kernels:
+        limit = np.float32(1 / np.sqrt(kernel[..., 0].size))
+        assert 0.8 * limit < np.abs(kernel).max() <= limit and abs(kernel.std() * np.sqrt(3) / limit - 1) < 0.15
+    assert len({kernel.tobytes() for kernel in kernels}) == 42  # each its own, those of one shape too
+
+
 def reference_forward(encoder, x):
     """The encoder from the specification's sentences with tf.nn alone, reading weights in order; inference mode."""
     weights = iter({w.name.split("/", 1)[1]: w for w in encoder.weights}.items())
