@@ -61,7 +61,7 @@ class Recipe:
     normalise: str = flag(None, "Subtract this data set's mean from the images and divide by its deviation, in the encoder; its "
                           "weight files keep that (paper: imagenet; Lightly, solo-learn: cifar10).", choices=sorted(NORMALISATIONS))
     kernel_initializer: str = flag(None, "How the kernels of all networks are drawn at first: glorot (byol-tensorflow2, Keras), or "
-                                   "torch, within 1 / sqrt(fan in) (Lightly, solo-learn).", choices=sorted(INITIALIZERS))
+                                   "torch, uniform within 1 / sqrt(fan in) (Lightly).", choices=sorted(INITIALIZERS))
     head_hidden: int = flag(None, "Hidden size of projector and predictor (byol-tensorflow2: 256; Lightly: 1024; paper: 4096).", low=1,
                             high=65536)
     head_features: int = flag(None, "Output size of projector and predictor (byol-tensorflow2: 128; paper: 256).", low=1, high=65536)
