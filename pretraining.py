@@ -112,9 +112,11 @@ class Byol(tf.Module):
         with device.scope():
             self.f_online, self.g_online, self.q_online = make_encoder(), make_head(), make_head()
             self.f_target, self.g_target = make_encoder(), make_head()
-            for head, width in ((self.g_online, self.f_online.features), (self.q_online, self.g_online.features),
-                                (self.g_target, self.f_target.features)):
-                head.build((None, width))
+            for head, below in ((self.g_online, self.f_online), (self.q_online, self.g_online), (self.g_target, self.f_target)):
+                head.build((None, below.features))
+            if config.target_start == "online":
+                for target, online in ((self.f_target, self.f_online), (self.g_target, self.g_online)):
+                    target.set_weights(online.get_weights())
             self.step = tf.Variable(0, trainable=False, dtype=tf.int64, name="step",
                                     aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
             optimizer = optimizers.make(config.optimizer, lambda: self.schedule(self.step), config.momentum, config.weight_decay,
@@ -247,14 +249,12 @@ def take_steps(learner: Byol, run: runs.Run, device: Device, data: datasets.Data
 
 def describe(learner: Byol, config: Config, say: Callable[[str], None]) -> None:
     """Print the known lines about the networks and the optimiser."""
-    h, z, p = (network.features for network in (learner.f_online, learner.g_online, learner.q_online))
-    shapes = "Shape of h: (256, %d)\nShape of z: (256, %d)" % (h, z)
-    say("Initializing online networks...\n%s\nShape of p: (256, %d)" % (shapes, p))
+    shapes = "Shape of h: (256, %d)\nShape of z: (256, %d)" % (learner.f_online.features, learner.g_online.features)
+    say("Initializing online networks...\n%s\nShape of p: (256, %d)" % (shapes, learner.q_online.features))
     say("Initializing target networks...\n%s" % shapes)
     say("The encoders have %d trainable parameters each." % models.count_parameters(learner.f_online))
     name = {"adam": "Adam"}.get(config.optimizer, config.optimizer.upper())
-    say("Using %s optimizer with learning rate %s."
-        % (name, schedules.scaled_learning_rate(config.learning_rate, config.batch_size)))
+    say("Using %s optimizer with learning rate %s." % (name, schedules.scaled_learning_rate(config.learning_rate, config.batch_size)))
 
 
 def consistent(config: Config) -> Config:

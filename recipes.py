@@ -17,7 +17,7 @@ MODELZOO = {
     "crop": "reference", "min_area": 0.08, "flip_probability": 0.25, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1,
     "brightness_multiplies": False, "grey_probability": 0.2, "solarize_probability": 0.0, "blur_probability": 0.0,
     "blur_probability_second": 0.0, "color_order": "fixed", "num_views": 2,
-    "kernel_initializer": "glorot", "normalise": "none", "head_hidden": 256, "head_features": 128,
+    "kernel_initializer": "glorot", "target_start": "own", "normalise": "none", "head_hidden": 256, "head_features": 128,
     "optimizer": "adam", "learning_rate": 1e-3, "lr_schedule": "cosine", "warmup_epochs": 0, "momentum": 0.9, "weight_decay": 1e-4,
     "trust_coefficient": 1e-3, "target_momentum": 0.99, "target_momentum_schedule": "constant"}  # type: Dict[str, Any]
 RECIPES = {
@@ -62,6 +62,8 @@ class Recipe:
                           "weight files keep that (paper: imagenet; Lightly, solo-learn: cifar10).", choices=sorted(NORMALISATIONS))
     kernel_initializer: str = flag(None, "How the kernels of all networks are drawn at first: glorot (byol-tensorflow2, Keras), or "
                                    "torch, uniform within 1 / sqrt(fan in) (Lightly).", choices=sorted(INITIALIZERS))
+    target_start: str = flag(None, "Weights that the target networks start from: own, drawn for them (byol-tensorflow2, DeepMind), or "
+                             "online, copies of the online networks' (Lightly, solo-learn).", choices=("own", "online"))
     head_hidden: int = flag(None, "Hidden size of projector and predictor (byol-tensorflow2: 256; Lightly: 1024; paper: 4096).", low=1,
                             high=65536)
     head_features: int = flag(None, "Output size of projector and predictor (byol-tensorflow2: 128; paper: 256).", low=1, high=65536)

@@ -22,7 +22,7 @@ FEW = (640, 300)  # images for training and for testing
 EVERYTHING = dict(crop="area", min_area=0.2, flip_probability=0.5, brightness=0.3, contrast=0.3, saturation=0.2, hue=0.05,
                   brightness_multiplies=True, grey_probability=0.1, solarize_probability=0.2, blur_probability=0.9,
                   blur_probability_second=0.2, color_order="random", num_views=3,
-                  kernel_initializer="torch", normalise="cifar10", head_hidden=64, head_features=32,
+                  kernel_initializer="torch", target_start="online", normalise="cifar10", head_hidden=64, head_features=32,
                   optimizer="lars", learning_rate=0.1, lr_schedule="constant", warmup_epochs=1, momentum=0.8, weight_decay=1e-5,
                   trust_coefficient=0.02, target_momentum=0.97, target_momentum_schedule="cosine")
 

@@ -226,6 +226,20 @@ def applied(layer, x, w, device, policy="float32", near=0):
     return [result.numpy() for result in results] + [layer.moving_mean.numpy(), layer.moving_variance.numpy()]
 
 
+def test_every_device_starts_with_targets_as_the_online_networks():
+    on_two_devices("check_targets")
+
+
+def check_targets():
+    device = npu_config.open_device(npu_config.Options(device="cpu", num_devices=2))
+    config = pretraining.Config(device="cpu", width_multiplier=1 / 16, batch_size=8, target_start="online")
+    learner = pretraining.Byol(config, device, total_steps=10, loop_size=1)
+    pairs = zip(learner.f_target.weights + learner.g_target.weights, learner.f_online.weights + learner.g_online.weights)
+    for target, online in pairs:
+        for part in (0, 1):
+            np.testing.assert_array_equal(target.values[part], online.values[0])
+
+
 def test_a_step_sends_what_the_documentation_says():
     collectives = json.loads(on_two_devices("count_collectives").splitlines()[-1])
     assert sorted(collectives["counted"]) == sorted(collectives["computed"])

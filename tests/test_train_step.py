@@ -138,6 +138,25 @@ def test_target_starts_on_its_own_and_moves_by_the_average_only():
     np.testing.assert_allclose(kernel, 0.99 * before + 0.01 * learner.f_online.trainable_weights[0].numpy(), rtol=1e-6, atol=1e-7)
 
 
+def test_targets_that_start_as_the_online_networks():
+    """What is drawn for the online networks is the same with and without; then the targets move by the average."""
+    own, learner = make_learner(), make_learner(target_start="online", target_momentum=0.99)
+    for name in ("f_online", "g_online", "q_online"):
+        for mine, other in zip(getattr(learner, name).weights, getattr(own, name).weights):
+            np.testing.assert_array_equal(mine, other)
+    for target, online in ((learner.f_target, learner.f_online), (learner.g_target, learner.g_online)):
+        assert [w.shape for w in target.weights] == [w.shape for w in online.weights] and target.weights
+        for mine, other in zip(target.weights, online.weights):
+            assert mine is not other
+            np.testing.assert_array_equal(mine, other)
+    kernel = learner.f_target.trainable_weights[0]
+    before = kernel.numpy()
+    dataset, _ = views(1)
+    learner.train_loop(iter(dataset), tf.constant(1))
+    np.testing.assert_allclose(kernel, 0.99 * before + 0.01 * learner.f_online.trainable_weights[0].numpy(), rtol=1e-6, atol=1e-7)
+    assert not np.allclose(kernel, learner.f_online.trainable_weights[0], rtol=0, atol=1e-5)
+
+
 def test_one_call_of_the_loop_equals_several_and_traces_once():
     apart, together = make_learner(), make_learner()
     dataset, _ = views(4)
