@@ -20,12 +20,16 @@ MODELZOO = {
     "kernel_initializer": "glorot", "target_start": "own", "normalise": "none", "head_hidden": 256, "head_features": 128,
     "optimizer": "adam", "learning_rate": 1e-3, "lr_schedule": "cosine", "warmup_epochs": 0, "momentum": 0.9, "weight_decay": 1e-4,
     "trust_coefficient": 1e-3, "target_momentum": 0.99, "target_momentum_schedule": "constant"}  # type: Dict[str, Any]
+# Views and heads of Lightly's CIFAR-10 benchmark, four times the reference's rate: the best of docs/recipes.md's ladder with Adam.
+CIFAR_ADAM = dict(MODELZOO, crop="area", flip_probability=0.5, saturation=0.2, solarize_probability=0.2, normalise="cifar10",
+                  head_hidden=1024, head_features=256, learning_rate=4e-3, warmup_epochs=1)
 RECIPES = {
     "modelzoo": MODELZOO,
     "reference": dict(MODELZOO, lr_schedule="constant", weight_decay=0.0),  # byol-tensorflow2
-    # The best of docs/recipes.md's ladder: views and heads of Lightly's CIFAR-10 benchmark, four times the reference's rate.
-    "cifar": dict(MODELZOO, crop="area", flip_probability=0.5, saturation=0.2, solarize_probability=0.2, normalise="cifar10",
-                  head_hidden=1024, head_features=256, learning_rate=4e-3, warmup_epochs=1),
+    # The best of the whole ladder: Lightly's SGD, its initial weights, and larger crops.
+    "cifar": dict(CIFAR_ADAM, min_area=0.2, optimizer="sgd", learning_rate=0.12, weight_decay=1e-3, warmup_epochs=0,
+                  kernel_initializer="torch", target_start="online"),
+    "cifar-adam": CIFAR_ADAM,
     # arXiv:2006.07733, its appendices on implementation and augmentations, for 1,000 epochs; the rate is 0.2 for a batch of 256.
     "paper": dict(MODELZOO, crop="area", flip_probability=0.5, saturation=0.2, color_order="random", blur_probability=1.0,
                   blur_probability_second=0.1, solarize_probability=0.2, normalise="imagenet", head_hidden=4096, head_features=256,
@@ -39,7 +43,8 @@ class Recipe:
     """The settings that a recipe fixes: those that are None are taken from the recipe when the object is made."""
     recipe: str = flag("modelzoo", "Sets the defaults of the flags for views, heads, optimiser and schedules. modelzoo: as "
                        "ModelZoo's README; reference: as byol-tensorflow2, constant rate, no decay; "
-                       "cifar: what did best on CIFAR-10 here; paper: BYOL as published.", choices=sorted(RECIPES))
+                       "cifar: what did best on CIFAR-10 here; cifar-adam: the same with Adam, an earlier version; paper: BYOL as "
+                       "published.", choices=sorted(RECIPES))
     crop: str = flag(None, "Rectangles of a view: reference (sides of 13 to 32 of 32 pixels, byol-tensorflow2), or area (part of the "
                      "image and aspect ratio, as the paper and torchvision).", choices=("reference", "area"))
     min_area: float = flag(None, "The smallest part of the image with --crop area (paper: 0.08).", low=0.001, high=1)

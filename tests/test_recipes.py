@@ -47,7 +47,7 @@ def test_what_is_given_wins():
     assert (config.lr_schedule, config.weight_decay, config.learning_rate) == ("constant", 0.5, 1e-3)
     assert dataclasses.replace(config, batch_size=4).weight_decay == 0.5
     assert pretraining.Config(recipe="reference", lr_schedule="cosine").lr_schedule == "cosine"
-    with pytest.raises(UserError, match="--recipe is 'imagenet'; give one of cifar, modelzoo, paper, reference"):
+    with pytest.raises(UserError, match="--recipe is 'imagenet'; give one of cifar, cifar-adam, modelzoo, paper, reference"):
         pretraining.Config(recipe="imagenet")
 
 
