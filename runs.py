@@ -291,7 +291,7 @@ class Run:
             if not os.path.exists(self.path(name)):
                 with self._settled():
                     self._save_weights(name)
-        self.device.gather(0)  # wait for all workers: one that has left would be taken for dead
+        self.device.wait_for_all()  # one that has left would be taken for dead
         if self.signals.number:
             self.say("Stopped by %s at step %d; the same command goes on from there."
                      % (signal.Signals(self.signals.number).name, self.step))

@@ -182,6 +182,10 @@ class Device:
         """Every worker's number, in their order, for all to decide alike."""
         return [number]
 
+    def wait_for_all(self) -> None:
+        """Return once every worker has come here; after that none needs another."""
+        self.gather(0)
+
     def together(self) -> ContextManager[Any]:
         """What is done inside needs all workers: UserError if another one is lost."""
         return contextlib.nullcontext()

@@ -192,6 +192,15 @@ class Replicas(Device):
             return [number]
         return [float(n) for n in self._gather(tf.one_hot(self.worker_id, self.workers, tf.constant(number, tf.float64)))]
 
+    def wait_for_all(self) -> None:
+        super().wait_for_all()
+        # A worker that left now might still owe another its part of the sum, which that one would take for its death. So all
+        # wait once more; whom the death reaches then knows that all had come.
+        try:
+            super().wait_for_all()
+        except LOST as error:
+            logging.info("A worker has left already: %s", error)
+
     def broadcast(self, variables: Sequence[tf.Variable]) -> None:
         if self.workers == 1:
             return

@@ -3,6 +3,7 @@
 The encoder has one block and the images 8 x 8 pixels, because each process has to make its graph anew; all else is
 the command as it is. What needs several devices runs in processes of its own: this file is then the command.
 """
+import contextlib
 import json
 import os
 import random
@@ -132,6 +133,23 @@ def test_a_worker_that_dies_ends_the_others_and_all_go_on_exactly(tiny_images, t
     found, expected = losses(folder).splitlines(), losses(two).splitlines()
     assert len(found) == steps_done(folder) > reached + 1
     assert found[:len(expected)] == expected[:len(found)]
+
+
+@pytest.mark.parametrize("lost_at", [1, 2, None])
+def test_a_worker_that_leaves_after_all_have_come_is_not_taken_for_dead(lost_at):
+    calls = []
+
+    def gather(number):
+        calls.append(number)
+        if len(calls) == lost_at:
+            raise tf.errors.UnavailableError(None, None, "Socket closed")
+        return [number, number]
+
+    device = object.__new__(replicas.Replicas)
+    device.workers, device.worker_id, device.gather = 2, 0, gather
+    with pytest.raises(UserError) if lost_at == 1 else contextlib.nullcontext(), device.together():
+        device.wait_for_all()
+    assert len(calls) == (1 if lost_at == 1 else 2)
 
 
 def test_waiting_for_a_missing_worker_ends_at_a_signal(tiny_images, tmp_path):
