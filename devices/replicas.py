@@ -195,7 +195,7 @@ class Replicas(Device):
     def wait_for_all(self) -> None:
         super().wait_for_all()
         # A worker that left now might still owe another its part of the sum, which that one would take for its death. So all
-        # wait once more; whom the death reaches then knows that all had come.
+        # wait once more: all had come by then, and an error says only that one has left.
         try:
             super().wait_for_all()
         except LOST as error:
