@@ -11,8 +11,9 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 sys.dont_write_bytecode = True
-# A shell's job in the background ignores Ctrl-C, and so would every command that a test starts and interrupts.
+# A shell's job in the background ignores Ctrl-C, one under nohup SIGHUP, and so would every command that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # XLA takes a minute to make fast code of the networks, and a second to make some. What it computes is the same.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
