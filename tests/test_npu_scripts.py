@@ -1,5 +1,5 @@
-"""The shell scripts in ModelZoo's manner: what they parse and pass on, and how they fail. Commands are replaced by a recorder;
-whole runs through the scripts are in test_npu_runs.py."""
+"""The shell scripts in ModelZoo's manner: what they parse and pass on, and how they fail. Commands are replaced by a recorder, but
+in the last test; whole runs through the scripts are in test_npu_runs.py."""
 import json
 import os
 import re
@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from command import steps_done, wait_for
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = ("train_performance_1p.sh", "train_full_1p.sh", "train_full_8p.sh")
@@ -240,3 +241,23 @@ def test_ending_the_script_ends_its_processes(script):
     assert process.wait(30) == 143
     running = subprocess.run(["pgrep", "-f", str(script.folder)], stdout=subprocess.PIPE, universal_newlines=True).stdout
     assert running == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_a_script_and_all_below_it_loses_no_step(tmp_path, number):
+    """As a terminal's Ctrl-C goes to all of them, tee included, through which the training prints."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("RANK_", "CM_", "ASCEND_"))}
+    log = tmp_path / "train_0.log"
+    script = subprocess.Popen(
+        [os.path.join(ROOT, "scripts", "train_full_1p.sh"), "--output_path=%s" % tmp_path, "--dataset=shapes", "--device=cpu",
+         "--width_multiplier=0.0625", "--batch_size=16", "--", "--log_every=1", "--max_steps=5000"], start_new_session=True,
+        env=dict(clean, PYTHON=sys.executable), stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    assert wait_for(lambda: log.exists() and "Batch 20/" in log.read_text(), script)
+    os.killpg(script.pid, number)
+    error = script.communicate(timeout=100)[1]
+    assert wait_for(lambda: "Stopped by" in log.read_text(), subprocess.Popen(["sleep", "20"]))  # bash does not wait at SIGTERM
+    last = log.read_text().splitlines()[-1]
+    reached = int(last.split()[5].rstrip(";"))
+    assert last.startswith("Stopped by %s at step" % number.name) and reached >= 20
+    assert steps_done(tmp_path / "run") == reached == log.read_text().count("[Epoch")
+    assert script.returncode in (-number, 128 + number) and "Traceback" not in error

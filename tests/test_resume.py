@@ -114,26 +114,6 @@ def test_nobody_reads_its_lines_any_more(tiny_images, reference, tmp_path):
     assert 2 <= reached < 24 and reached == len((tmp_path / "losses.txt").read_text().splitlines())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_a_script_and_all_below_it_loses_no_step(tmp_path, number):
-    """As a terminal's Ctrl-C goes to all of them, tee included, through which the training prints."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("RANK_", "CM_", "ASCEND_"))}
-    log = tmp_path / "train_0.log"
-    script = subprocess.Popen(
-        [os.path.join(ROOT, "scripts", "train_full_1p.sh"), "--output_path=%s" % tmp_path, "--dataset=shapes", "--device=cpu",
-         "--width_multiplier=0.0625", "--batch_size=16", "--", "--log_every=1", "--max_steps=5000"], start_new_session=True,
-        env=dict(clean, PYTHON=sys.executable), stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
-    assert wait_for(lambda: log.exists() and "Batch 20/" in log.read_text(), script)
-    os.killpg(script.pid, number)
-    error = script.communicate(timeout=100)[1]
-    assert wait_for(lambda: "Stopped by" in log.read_text(), subprocess.Popen(["sleep", "20"]))  # bash does not wait at SIGTERM
-    last = log.read_text().splitlines()[-1]
-    reached = int(last.split()[5].rstrip(";"))
-    assert last.startswith("Stopped by %s at step" % number.name) and reached >= 20
-    assert steps_done(tmp_path / "run") == reached == log.read_text().count("[Epoch")
-    assert script.returncode in (-number, 128 + number) and "Traceback" not in error
-
-
 @pytest.mark.parametrize("step, weights", [(8, ENDED_EARLY), (11, "f_online_step_11.h5"), (10, "f_online_step_10.h5")])
 def test_max_steps_at_a_boundary_and_in_mid_epoch(tiny_images, reference, tmp_path, step, weights):
     complete(tiny_images, tmp_path, "--max_steps=%d" % step)
