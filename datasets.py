@@ -157,7 +157,7 @@ def evaluation_batches(images: Any, batch_size: int) -> tf.data.Dataset:
         raise UserError("The batch size is %d; it must be at least 1." % batch_size)
     gather = _gather(images)
     indices = tf.data.Dataset.range(len(images)).batch(batch_size)
-    return _map(indices, lambda i: tf.cast(gather(i), tf.float32) / 255).prefetch(2)
+    return map_elements(indices, lambda i: tf.cast(gather(i), tf.float32) / 255).prefetch(2)
 
 
 def _gather(images: Images) -> Callable[[tf.Tensor], tf.Tensor]:
@@ -218,13 +218,19 @@ def _batches(make: Callable[[tf.Tensor, tf.Tensor], Tuple[tf.Tensor, ...]], n: i
     first_epoch, skipped = divmod(first_step, steps_per_epoch)
     epochs = tf.data.Dataset.range(first_epoch, -(-last_step // steps_per_epoch))
     steps = epochs.flat_map(steps_of).skip(skipped).take(max(0, last_step - first_step))
-    return _map(steps, tf.autograph.experimental.do_not_convert(make)).prefetch(4)
+    return map_elements(steps, tf.autograph.experimental.do_not_convert(make)).prefetch(4)
 
 
-def _map(elements: tf.data.Dataset, function: Callable[..., Any]) -> tf.data.Dataset:
-    """Several at a time, in order; and without tf.data's rewriting, which would copy all images and finds nothing to improve."""
+def map_elements(elements: tf.data.Dataset, function: Callable[..., Any]) -> tf.data.Dataset:
+    """Several at a time, in order, as many as there are cores, but 16 at most.
+
+    Without tf.data's rewriting, which would copy all images and finds nothing to improve. And without its tuning, whose thread sleeps
+    ever longer, up to a minute, and the end of an iterator waits for it: a signal's save and each copy of a linear evaluation with it.
+    """
     options = tf.data.Options()
     options.experimental_optimization.apply_default_optimizations = False
+    if hasattr(options, "autotune"):  # TensorFlow 2.6 has other tuning, which does not wait
+        options.autotune.enabled = False
     return elements.map(function, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).with_options(options)
 
 

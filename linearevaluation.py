@@ -135,8 +135,8 @@ def cached_batches(copies: Copies, batch_size: int, seed: int, last_step: int, f
     order = [epoch % len(copies) * n + random.permutation(n)[:steps_per_epoch * batch_size]
              for epoch in range(-(-last_step // steps_per_epoch))]
     indices = np.concatenate(order).reshape(-1, batch_size)[:last_step, first:first + rows].astype(np.int32)
-    return tf.data.Dataset.from_tensor_slices(indices).map(
-        lambda chosen: (tf.gather(features, chosen), tf.gather(labels, chosen))).prefetch(tf.data.AUTOTUNE)
+    return datasets.map_elements(tf.data.Dataset.from_tensor_slices(indices),
+                                 lambda chosen: (tf.gather(features, chosen), tf.gather(labels, chosen))).prefetch(4)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from conftest import ROOT
 
 import augmentation
 import datasets
+import linearevaluation
 from commands import UserError
 
 N, BATCH = 23, 5  # four batches an epoch, and three images left over
@@ -204,6 +205,15 @@ def test_evaluation_has_every_image_once_in_order(shapes, batch_size):
     assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
     expected = shapes.train_images.astype(np.float32) / np.float32(255)
     np.testing.assert_array_equal(np.concatenate(batches), expected)
+
+
+@pytest.mark.skipif(not hasattr(tf.data.Options(), "autotune"), reason="TensorFlow 2.6's tuning does not delay an iterator's end")
+def test_no_pipeline_has_a_thread_that_its_end_waits_for(shapes):
+    images, labels = shapes.train_images, shapes.train_labels
+    copies = [(np.zeros((8, 2), np.float32), np.zeros(8, np.int64))]
+    for batches in (datasets.pretraining_batches(images, BATCH, 0, 0, 9), datasets.finetuning_batches(images, labels, BATCH, 0, 0, 9),
+                    datasets.evaluation_batches(images, BATCH), linearevaluation.cached_batches(copies, 4, 0, 7, 0, 4)):
+        assert batches.options().autotune.enabled is False
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, N + 1])
