@@ -119,7 +119,7 @@ def all_reduce(tensors: Any, op: Any = tf.distribute.ReduceOp.MEAN) -> Any:
 class Replicas(Device):
     """Devices that share each global batch, each with a copy of the networks, all of which take the same steps."""
 
-    iterator = None  # type: Any
+    iterator = None  # type: Any  # the last that iterate() gave
 
     def __init__(self, kind: str, strategy: Any, options: Any, workers: int, worker_id: int) -> None:
         super().__init__(kind, options.loss_scale)
@@ -181,10 +181,9 @@ class Replicas(Device):
                 tf.reshape(part, [self._local, part.shape[0] // self._local] + part.shape[1:]) for part in parts)).unbatch()
         # Of a data set without end tf.distribute knows that no worker runs out of batches before the others, about which they
         # would have to agree at each step. What comes after the last batch is not asked for.
-        batches = batches.repeat()
-        # The last is kept, where the end of the process does not wait for it: tf.data tunes what tf.distribute puts around the
-        # batches, in a thread that sleeps up to a minute, and the end of an iterator waits for that one.
-        Replicas.iterator = iter(self.strategy.distribute_datasets_from_function(lambda context: batches))
+        # The last iterator is kept, and the end of the process does not wait for it: tf.data tunes what tf.distribute puts around
+        # the batches, in a thread that sleeps up to a minute, and to delete an iterator waits for that.
+        Replicas.iterator = iter(self.strategy.distribute_datasets_from_function(lambda context: batches.repeat()))
         return Replicas.iterator
 
     # Several workers
