@@ -31,6 +31,7 @@ import progress
 import recipes
 import runs
 import schedules
+import weights
 from commands import UserError, flag
 from devices import graph_check
 from devices.base import Device
@@ -45,6 +46,8 @@ class Config(recipes.Recipe, npu_config.Options):
     width_multiplier: float = flag(1.0, "Scales the encoder's filters; 0.25 makes it sixteen times cheaper.", low=1 / 64, high=8)
     stem: Optional[str] = flag(None, "The encoder's first layers. cifar: 3x3 of stride 1 (reference); imagenet: 7x7 of stride 2, "
                                "max-pool. Default: imagenet from 96 pixels on.", choices=sorted(models.STEMS))
+    encoder_weights: Optional[str] = flag(None, "Start both encoders from these weights, a file as f_online_200.h5 or a name that comes "
+                                          "with the program, as its architecture and --normalise. Default: random weights.")
     dataset: str = flag("cifar10", "What to train on. shapes is made by the program and needs no files; folder is a folder of images; "
                         "tfds:NAME is what TensorFlow Datasets has prepared.", choices=datasets.NAMES)
     data_dir: Optional[str] = flag(None, "Where the data set lies: CIFAR's batches folder or .tar.gz, a folder of images, or the "
@@ -117,6 +120,9 @@ class Byol(tf.Module):
             if config.target_start == "online":
                 for target, online in ((self.f_target, self.f_online), (self.g_target, self.g_online)):
                     target.set_weights(online.get_weights())
+            if config.encoder_weights:
+                weights.start_from(self.f_online, weights.shipped(config.encoder_weights).get("encoder_weights", config.encoder_weights))
+                self.f_target.set_weights(self.f_online.get_weights())
             self.step = tf.Variable(0, trainable=False, dtype=tf.int64, name="step",
                                     aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
             optimizer = optimizers.make(config.optimizer, lambda: self.schedule(self.step), config.momentum, config.weight_decay,
@@ -260,6 +266,9 @@ def describe(learner: Byol, config: Config, say: Callable[[str], None]) -> None:
 def consistent(config: Config) -> Config:
     """The settings with those filled in that follow from others; UserError if some are wrong or contradict others."""
     commands.check(config)
+    known = weights.settings_of(config.encoder_weights) if config.encoder_weights else {}
+    config = dataclasses.replace(config, **{name: value for name, value in known.items() if name == "normalise"
+                                            or getattr(config, name) == getattr(Config, name)})
     loop_size = config.iterations_per_loop or config.log_every
     if config.log_every % loop_size:
         raise UserError("--log_every %d is not a multiple of --iterations_per_loop %d." % (config.log_every, loop_size))

@@ -188,8 +188,8 @@ class Run:
             self.since, self.logged = time.monotonic(), self.step
 
     def _settled(self) -> ContextManager[None]:
-        """For what is evaluated or saved: each step has updated the statistics of BatchNorm once for each view."""
-        return models.settled(self.learner.f_online, self.config.num_views * self.step)
+        """For what is evaluated or saved: each step has updated BatchNorm's statistics, if they began at 0 and 1, once a view."""
+        return models.settled(self.learner.f_online, 0 if self.config.encoder_weights else self.config.num_views * self.step)
 
     def _epoch_and_batch(self) -> Tuple[int, int]:
         """Of the step that was taken last, both counted from 1."""
@@ -252,7 +252,7 @@ class Run:
         try:
             accuracy = knn()
             besides = ""
-            if self.step == 0:
+            if self.step == 0 and not self.config.encoder_weights:
                 with evaluation.statistics_of(self.learner.f_online, self.data.train_images, size=size):
                     besides = " (%.4f with BatchNorm's statistics of these images)" % knn()
         except commands.Stopped:  # the run that goes on from here makes up for it
@@ -314,6 +314,6 @@ class Run:
         if len(knn) < 2 or knn[0]["step"] > 0:
             return
         before, after = knn[0]["accuracy"], knn[-1]["accuracy"]
-        told = "" if after > before else (" It has not risen: BYOL's features first get worse than random ones and need thousands of "
+        told = "" if after > before or self.config.encoder_weights else (" It has not risen: BYOL's features first get worse than random ones and need thousands of "
                                           "steps to get better; the README has the curve of a longer run.")
         self.say("k-NN accuracy was %.4f before training and is %.4f now.%s" % (before, after, told))

@@ -87,6 +87,28 @@ def load_weights(network: Any, path: str) -> None:
     network.normalisation = normalisation
 
 
+def start_from(network: Any, path: str) -> None:
+    """Read the weights of an encoder, as `load_weights` does, for training to go on with them: kernels keep the size they were drawn with.
+
+    An optimiser's steps are large or small beside the kernels, whose deviation differs between files by a factor of ten, while
+    BatchNorm takes the size of the kernel before it out again. So each kernel gets the deviation that the network's own had, and
+    the bias and the statistics follow. Features stay the same: gamma makes up for BatchNorm's epsilon.
+    """
+    layers = _layers((weight.name, (weight.name, weight)) for weight in network.trainable_weights + network.non_trainable_weights)
+    drawn = [np.std(convolution["kernel"][1].numpy()) for convolution in layers[0]]
+    epsilon = next(layer.epsilon for layer in network.submodules if isinstance(layer, keras.layers.BatchNormalization))
+    load_weights(network, path)
+    for deviation, *pair in zip(drawn, *layers):
+        own = {kind: variable for layer in pair for kind, (_, variable) in layer.items()}
+        before, variance = np.std(own["kernel"].numpy()), own["moving_variance"].numpy().astype(np.float64)
+        factor = deviation / before if before else 1.0
+        after = factor ** 2 * variance
+        own["gamma"].assign(own["gamma"].numpy() * np.sqrt((after + epsilon) / (variance + epsilon)) / factor)
+        own["moving_variance"].assign(after)
+        for kind in {"kernel", "bias", "moving_mean"} & set(own):
+            own[kind].assign(factor * own[kind].numpy())
+
+
 def shipped(name: str) -> Dict[str, Any]:
     """For the name of an encoder that comes with the program: its file, as encoder_weights, encoder and width_multiplier.
 
@@ -108,19 +130,21 @@ def load_encoder(path: str, encoder: str = "resnet18", width_multiplier: float =
     known = shipped(path)
     path, encoder, width_multiplier = (known.get(name, value) for name, value in (
         ("encoder_weights", path), ("encoder", encoder), ("width_multiplier", width_multiplier)))
-    network = models.ENCODERS[encoder](width_multiplier, stem=stem or stem_of(path) or "cifar", **layers)
+    network = models.ENCODERS[encoder](width_multiplier, stem=stem or settings_of(path).get("stem", "cifar"), **layers)
     load_weights(network, path)
     return network
 
 
-def stem_of(path: str) -> Optional[str]:
-    """Which of models.STEMS an encoder's file has; None if that cannot be told, of which `load_weights` then gives the reason."""
+def settings_of(path: str) -> Dict[str, Any]:
+    """What an encoder's file was made with: encoder, width_multiplier, stem and normalise, as pretraining's flags have them.
+
+    path: a file, or a name in SHIPPED. Empty if that cannot be told, of which `load_weights` then gives the reason.
+    """
     try:
-        with h5py.File(path, "r") as file:
-            side = _side(_layers(_datasets(file)))
+        with h5py.File(shipped(path).get("encoder_weights", path), "r") as file:
+            return dict(_architecture(_layers(_datasets(file))), normalise=_normalisation(file))
     except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError):
-        return None
-    return {size: name for name, (size, _) in models.STEMS.items()}.get(side)
+        return {}
 
 
 class _Misfit(Exception):
@@ -258,15 +282,18 @@ def _same(layer: Layer, other: Layer) -> bool:
 
 def _describe(layers: Layers) -> str:
     """For example: resnet18 with width_multiplier 0.25 and the stem cifar."""
+    found = _architecture(layers)
+    if not found:
+        return "no encoder known here (%d convolutions or dense layers, %d BatchNorms)" % tuple(map(len, layers))
+    return "%(encoder)s with width_multiplier %(width_multiplier)g and the stem %(stem)s" % found
+
+
+def _architecture(layers: Layers) -> Dict[str, Any]:
+    """encoder, width_multiplier and stem; empty if they are not those of an encoder known here."""
     convolutions, norms = layers
     names = {20: "resnet18", 36: "resnet34", BOTTLENECKS: "resnet50"}
     if len(convolutions) != len(norms) or len(norms) not in names:
-        return "no encoder known here (%d convolutions or dense layers, %d BatchNorms)" % (len(convolutions), len(norms))
-    stem = "imagenet" if _side(layers) == models.STEMS["imagenet"][0] else "cifar"
-    return "%s with width_multiplier %g and the stem %s" % (names[len(norms)], next(iter(norms[0].values()))[1].shape[-1] / 64, stem)
-
-
-def _side(layers: Layers) -> int:
-    """Of the kernel of the first convolution, in pixels."""
-    first = layers[0][0] if layers[0] else {}
-    return int(first["kernel"][1].shape[0]) if "kernel" in first else 0
+        return {}
+    side = convolutions[0]["kernel"][1].shape[0] if "kernel" in convolutions[0] else 0
+    return {"encoder": names[len(norms)], "width_multiplier": next(iter(norms[0].values()))[1].shape[-1] / 64,
+            "stem": "imagenet" if side == models.STEMS["imagenet"][0] else "cifar"}
