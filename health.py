@@ -49,3 +49,12 @@ def collapsed(spread: float, features: int, step: int) -> Optional[str]:
     return None if spread >= COLLAPSED * even else (
         "The projections have all but collapsed: their spread is %.5f at step %d, where %.4f is even spread and 0 is collapse. A "
         "lower --learning_rate or a higher --target_momentum may help." % (spread, step, even))
+
+
+def not_risen(before: float, after: float, random_start: bool) -> Optional[str]:
+    """before, after: k-NN accuracies at the start and at the end. random_start: whether the weights were random at the start."""
+    if after > before:
+        return None
+    return "It has not risen." if not random_start else (
+        "It has not risen: BYOL's features first get worse than random ones and need thousands of steps to get better; the README "
+        "has the curve of a longer run.")

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import sys
 import time
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import commands  # before TensorFlow, whose start it quiets
 
@@ -46,8 +46,8 @@ class Config(recipes.Recipe, npu_config.Options):
     width_multiplier: float = flag(1.0, "Scales the encoder's filters; 0.25 makes it sixteen times cheaper.", low=1 / 64, high=8)
     stem: Optional[str] = flag(None, "The encoder's first layers. cifar: 3x3 of stride 1 (reference); imagenet: 7x7 of stride 2, "
                                "max-pool. Default: imagenet from 96 pixels on.", choices=sorted(models.STEMS))
-    encoder_weights: Optional[str] = flag(None, "Start both encoders from these weights, a file as f_online_200.h5 or a name that comes "
-                                          "with the program, as its architecture and --normalise. Default: random weights.")
+    encoder_weights: Optional[str] = flag(None, "Start both encoders from these weights instead of random ones: a file as "
+                                          "f_online_200.h5, or cifar10, cifar10-narrow, which come with the program.")
     dataset: str = flag("cifar10", "What to train on. shapes is made by the program and needs no files; folder is a folder of images; "
                         "tfds:NAME is what TensorFlow Datasets has prepared.", choices=datasets.NAMES)
     data_dir: Optional[str] = flag(None, "Where the data set lies: CIFAR's batches folder or .tar.gz, a folder of images, or the "
@@ -121,7 +121,7 @@ class Byol(tf.Module):
                 for target, online in ((self.f_target, self.f_online), (self.g_target, self.g_online)):
                     target.set_weights(online.get_weights())
             if config.encoder_weights:
-                weights.start_from(self.f_online, weights.shipped(config.encoder_weights).get("encoder_weights", config.encoder_weights))
+                weights.start_from(self.f_online, config.encoder_weights)
                 self.f_target.set_weights(self.f_online.get_weights())
             self.step = tf.Variable(0, trainable=False, dtype=tf.int64, name="step",
                                     aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
@@ -230,7 +230,7 @@ def train(config: Config) -> runs.Result:
         run.agree()
         shown.wait("Making the networks")
         learner = Byol(config, device, run.total_steps, run.loop_size)
-        describe(learner, config, run.say)
+        run.say(progress.networks(learner, config.optimizer, schedules.scaled_learning_rate(config.learning_rate, config.batch_size)))
         run.resume(learner)
         with commands.signals_noted() as run.signals:
             take_steps(learner, run, device, data)
@@ -253,22 +253,12 @@ def take_steps(learner: Byol, run: runs.Run, device: Device, data: datasets.Data
         run.took(learner.recent.numpy()[:, -n:], time.monotonic() - began)
 
 
-def describe(learner: Byol, config: Config, say: Callable[[str], None]) -> None:
-    """Print the known lines about the networks and the optimiser."""
-    shapes = "Shape of h: (256, %d)\nShape of z: (256, %d)" % (learner.f_online.features, learner.g_online.features)
-    say("Initializing online networks...\n%s\nShape of p: (256, %d)" % (shapes, learner.q_online.features))
-    say("Initializing target networks...\n%s" % shapes)
-    say("The encoders have %d trainable parameters each." % models.count_parameters(learner.f_online))
-    name = {"adam": "Adam"}.get(config.optimizer, config.optimizer.upper())
-    say("Using %s optimizer with learning rate %s." % (name, schedules.scaled_learning_rate(config.learning_rate, config.batch_size)))
-
-
 def consistent(config: Config) -> Config:
     """The settings with those filled in that follow from others; UserError if some are wrong or contradict others."""
     commands.check(config)
-    known = weights.settings_of(config.encoder_weights) if config.encoder_weights else {}
-    config = dataclasses.replace(config, **{name: value for name, value in known.items() if name == "normalise"
-                                            or getattr(config, name) == getattr(Config, name)})
+    known = {} if config.encoder_weights in (None, "", "none") else weights.settings_of(config.encoder_weights)
+    taken = {name: value for name, value in known.items() if name == "normalise" or getattr(config, name) == getattr(Config, name)}
+    config = dataclasses.replace(config, encoder_weights=config.encoder_weights if known else None, **taken)
     loop_size = config.iterations_per_loop or config.log_every
     if config.log_every % loop_size:
         raise UserError("--log_every %d is not a multiple of --iterations_per_loop %d." % (config.log_every, loop_size))
@@ -317,7 +307,7 @@ def main() -> None:
     config = commands.from_flags(Config)
     logging.set_verbosity(logging.INFO if config.verbose else logging.WARNING)
     if config.check_npu:
-        sys.exit(not check_npu(config))
+        sys.exit(not check_npu(consistent(config)))
     try:
         train(config)
     except commands.Stopped as signal:

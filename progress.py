@@ -19,6 +19,7 @@ from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
 import augmentation
+import models
 from sources import image_files
 
 BAR = "{desc} |{bar}| step {n_fmt}/{total_fmt}{postfix}, {remaining} left"
@@ -26,6 +27,15 @@ WIDE = 100  # columns of a terminal where everything stands beside a bar
 SHEET = 16  # images on a sheet of views
 SHEET_COLUMNS = 8
 TILE = 96  # pixels that an image on the sheet has at least, enlarged by a whole number
+
+
+def networks(learner: Any, optimizer: str, learning_rate: float) -> str:
+    """The known lines about the networks and the optimiser of a pretraining.Byol."""
+    shapes = "Shape of h: (256, %d)\nShape of z: (256, %d)" % (learner.f_online.features, learner.g_online.features)
+    return ("Initializing online networks...\n%s\nShape of p: (256, %d)\nInitializing target networks...\n%s\n"
+            "The encoders have %d trainable parameters each.\nUsing %s optimizer with learning rate %s."
+            % (shapes, learner.q_online.features, shapes, models.count_parameters(learner.f_online),
+               {"adam": "Adam"}.get(optimizer, optimizer.upper()), learning_rate))
 
 
 class Progress:

@@ -85,7 +85,7 @@ def neighbours(run: Run, searched: int, other: Optional[str] = None) -> np.ndarr
     if other:
         _, encoder, _ = evaluation.start(dataclasses.replace(config, encoder_weights=other, output_dir=run.folder, quiet=True))
     else:
-        encoder = _encoder(config.encoder, config.width_multiplier, weights.stem_of(path) or "cifar")
+        encoder = _encoder(config.encoder, config.width_multiplier, weights.settings_of(path)["stem"])
         weights.load_weights(encoder, path)
     keys = np.arange(min(searched, len(data.train_images))) * len(data.train_images) // min(searched, len(data.train_images))
     asked = np.unique(np.arange(QUERIES) * len(data.test_images) // QUERIES)

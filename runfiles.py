@@ -131,8 +131,9 @@ class Run:
         An encoder that comes with the program, which has a name instead of a file, gets rows of its own.
         """
         found, named = {}, {}  # type: Dict[str, Dict[bool, Accuracy]], Dict[str, Dict[str, Accuracy]]
+        random = not self.config.get("encoder_weights")  # at the start
         for step, value in zip(self.knn.get("step", []), self.knn.get("accuracy", [])):
-            found.setdefault("k-NN", {})[step > 0] = Accuracy(value, "epoch %.4g" % self.epochs(step))
+            found.setdefault("k-NN", {})[step > 0 or not random] = Accuracy(value, "epoch %.4g" % self.epochs(step))
         here = os.path.join(glob.escape(self.folder))
         for path in _newest_last(os.path.join(here, "result_*.json"), os.path.join(here, "*", "result_*.json")):
             folder, name = os.path.split(path)
@@ -155,11 +156,11 @@ class Run:
                 elif figure in result or figure == "test_accuracy" and result and measure.startswith(MEASURES):
                     self.notes.append("Left out: %s of %s, which is %s." % (figure, path, short(result.get(figure, "missing"), 60)))
         for what, others in named.items():
-            random = {trained: each for trained, each in found.get(what, {}).items() if not trained}  # type: Dict[bool, Accuracy]
-            if random and found[what] == random:
+            untrained = {trained: each for trained, each in found.get(what, {}).items() if not trained}  # type: Dict[bool, Accuracy]
+            if untrained and found[what] == untrained:
                 del found[what]
             for of, accuracy in others.items():
-                found["%s, %s" % (what, of)] = {**random, True: accuracy}
+                found["%s, %s" % (what, of)] = {**untrained, True: accuracy}
         return {what: found[what] for start in MEASURES + ("",) for what in found
                 if what.startswith(start) and (start or not what.startswith(MEASURES))}
 

@@ -314,6 +314,5 @@ class Run:
         if len(knn) < 2 or knn[0]["step"] > 0:
             return
         before, after = knn[0]["accuracy"], knn[-1]["accuracy"]
-        told = "" if after > before or self.config.encoder_weights else (" It has not risen: BYOL's features first get worse than random ones and need thousands of "
-                                          "steps to get better; the README has the curve of a longer run.")
-        self.say("k-NN accuracy was %.4f before training and is %.4f now.%s" % (before, after, told))
+        told = health.not_risen(before, after, random_start=not self.config.encoder_weights)
+        self.say("k-NN accuracy was %.4f before training and is %.4f now.%s" % (before, after, " " + told if told else ""))

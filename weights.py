@@ -5,10 +5,11 @@ the network, nothing that lies in another file, and no number that is not finite
 readers do not look, stands the SHA-256 of all that comes before.
 """
 import collections
+import contextlib
 import hashlib
 import io
 import os
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import h5py
 import numpy as np
@@ -65,20 +66,11 @@ def load_weights(network: Any, path: str) -> None:
     ResNet of the same architecture saved. The encoder then normalises images as that of the file did. UserError, and
     `network` untouched, if the file is not whole, not of this architecture and width, or holds numbers that are not finite.
     """
-    if not os.path.isfile(path):
-        raise UserError("There is no weights file %s; pretraining.py writes f_online_<epoch>.h5 into its --output_dir, and with the "
-                        "program comes %s." % (path, ", ".join(sorted(SHIPPED))))
     wanted = _layers((weight.name, (weight.name, weight)) for weight in network.trainable_weights + network.non_trainable_weights)
-    try:
-        _check_seal(path)
-        with h5py.File(path, "r") as file:
-            normalisation = _normalisation(file)
-            pairs = list(_match(wanted, _layers(_datasets(file))))
-            found = [(weight, name, _array(dataset)) for weight, name, dataset in pairs]
-    except _Misfit as error:
-        raise UserError("%s %s" % (path, _one_line(error)))
-    except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise UserError("%s is not a whole Keras weights file in HDF5 (%s); copy or save it again." % (path, _one_line(error)))
+    with _reading(path) as file:
+        normalisation = _normalisation(file)
+        pairs = list(_match(wanted, _layers(_datasets(file))))
+        found = [(weight, name, _array(dataset)) for weight, name, dataset in pairs]
     for _, name, array in found:
         if not np.isfinite(array).all():
             raise UserError("%s is of no use: its weight %s is not finite; take an earlier one." % (path, _one_line(name)))
@@ -88,16 +80,17 @@ def load_weights(network: Any, path: str) -> None:
 
 
 def start_from(network: Any, path: str) -> None:
-    """Read the weights of an encoder, as `load_weights` does, for training to go on with them: kernels keep the size they were drawn with.
+    """Read an encoder's weights for a training to start from: as `load_weights`, but brought to the scale of `network`.
 
-    An optimiser's steps are large or small beside the kernels, whose deviation differs between files by a factor of ten, while
-    BatchNorm takes the size of the kernel before it out again. So each kernel gets the deviation that the network's own had, and
-    the bias and the statistics follow. Features stay the same: gamma makes up for BatchNorm's epsilon.
+    path: a file, or a name in SHIPPED. What a step of an optimiser does depends on how large the kernels are, which differs tenfold
+    between files, while BatchNorm takes that out of the features. So each kernel is brought to the deviation that the network's own
+    has, and bias and statistics with it; gamma makes up for BatchNorm's epsilon, so that the features in inference mode stay the
+    file's. UserError as `load_weights`.
     """
     layers = _layers((weight.name, (weight.name, weight)) for weight in network.trainable_weights + network.non_trainable_weights)
     drawn = [np.std(convolution["kernel"][1].numpy()) for convolution in layers[0]]
     epsilon = next(layer.epsilon for layer in network.submodules if isinstance(layer, keras.layers.BatchNormalization))
-    load_weights(network, path)
+    load_weights(network, shipped(path).get("encoder_weights", path))
     for deviation, *pair in zip(drawn, *layers):
         own = {kind: variable for layer in pair for kind, (_, variable) in layer.items()}
         before, variance = np.std(own["kernel"].numpy()), own["moving_variance"].numpy().astype(np.float64)
@@ -130,7 +123,7 @@ def load_encoder(path: str, encoder: str = "resnet18", width_multiplier: float =
     known = shipped(path)
     path, encoder, width_multiplier = (known.get(name, value) for name, value in (
         ("encoder_weights", path), ("encoder", encoder), ("width_multiplier", width_multiplier)))
-    network = models.ENCODERS[encoder](width_multiplier, stem=stem or settings_of(path).get("stem", "cifar"), **layers)
+    network = models.ENCODERS[encoder](width_multiplier, stem=stem or settings_of(path)["stem"], **layers)
     load_weights(network, path)
     return network
 
@@ -138,13 +131,14 @@ def load_encoder(path: str, encoder: str = "resnet18", width_multiplier: float =
 def settings_of(path: str) -> Dict[str, Any]:
     """What an encoder's file was made with: encoder, width_multiplier, stem and normalise, as pretraining's flags have them.
 
-    path: a file, or a name in SHIPPED. Empty if that cannot be told, of which `load_weights` then gives the reason.
+    path: a file, or a name in SHIPPED. UserError if it is not whole, or not an encoder's.
     """
-    try:
-        with h5py.File(shipped(path).get("encoder_weights", path), "r") as file:
-            return dict(_architecture(_layers(_datasets(file))), normalise=_normalisation(file))
-    except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError):
-        return {}
+    with _reading(shipped(path).get("encoder_weights", path)) as file:
+        layers, normalisation = _layers(_datasets(file)), _normalisation(file)
+        known = _architecture(layers)
+        if not known:
+            raise _Misfit("holds the weights of %s; give a file as pretraining.py writes, f_online_<epoch>.h5." % _describe(layers))
+        return dict(known, normalise=normalisation)
 
 
 class _Misfit(Exception):
@@ -156,6 +150,22 @@ def _one_line(error: Any) -> str:
 
 
 # The file
+
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[Any]:
+    """The file, opened; UserError with its name for what turns out to be wrong with it."""
+    if not os.path.isfile(path):
+        raise UserError("There is no weights file %s; pretraining.py writes f_online_<epoch>.h5 into its --output_dir, and with the "
+                        "program comes %s." % (path, ", ".join(sorted(SHIPPED))))
+    try:
+        _check_seal(path)
+        with h5py.File(path, "r") as file:
+            yield file
+    except _Misfit as error:
+        raise UserError("%s %s" % (path, _one_line(error)))
+    except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise UserError("%s is not a whole Keras weights file in HDF5 (%s); copy or save it again." % (path, _one_line(error)))
+
 
 def _check_seal(path: str) -> None:
     """ValueError if the file ends with a checksum that is not that of what comes before. Other programs write none."""
