@@ -8,15 +8,19 @@ import types
 import numpy as np
 import pytest
 import tensorflow as tf
-from command import pretrain, run, start, wait_for
+from command import TINY, completed, fork, pretrain, run, start, wait_for
 
 import commands
 import datasets
 import evaluation
+import health
+import models
 import npu_config
 import pretraining
 import progress
+import runfiles
 import runs
+import weights
 
 LINE = re.compile(r"^\[Epoch (\d+)/(\d+) Batch (\d+)/(\d+)\] Loss=(\d\.\d{5})\. Time=\d")
 
@@ -78,6 +82,8 @@ def test_nothing_but_warnings_reaches_stderr(finished):
     (["--dataset=cifar10", "--data_dir=/nowhere"], ["/nowhere"]),
     (["--output_dir=/dev/null/x"], ["/dev/null"]),
     (["--width_multiplier=0.001"], ["width_multiplier"]),
+    (["--encoder_weights=nowhere.h5"], ["nowhere.h5", "cifar10-narrow"]),
+    (["--encoder_weights=cifar10-narrow"], ["width_multiplier 0.25", "width_multiplier 0.0625"]),  # which was given
     (["--width_multiplier=1000"], ["width_multiplier", "1000"]),
     (["--width_multiplier=1e30"], ["width_multiplier"]),
     (["--image_size=100000"], ["image_size", "100000"]),
@@ -143,3 +149,56 @@ def test_a_signal_cuts_an_evaluation_short_and_the_resumed_run_makes_up_for_it(m
     for run.step in (2, 2, 3):  # an epoch's end, again, and in mid-epoch
         run._evaluate_knn()
     assert run.history.knn == [{"epoch": 1, "step": 2, "accuracy": 0.5}]
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """The weights of an encoder that another run has left, and where they are."""
+    encoder, path = models.ResNet18(1 / 16, normalisation="imagenet"), str(tmp_path_factory.mktemp("other") / "f_online_1.h5")
+    encoder.set_weights([array + 0.1 * (array.ndim == 1) for array in encoder.get_weights()])
+    weights.save_weights(encoder, path)
+    return encoder, path
+
+
+def test_both_encoders_start_from_a_file(other):
+    encoder, path = other
+    for recipe in ("modelzoo", "cifar"):
+        config = pretraining.consistent(pretraining.Config(encoder_weights=path, recipe=recipe, device="cpu", image_size=96))
+        assert (config.width_multiplier, config.stem, config.normalise) == (1 / 16, "cifar", "imagenet")
+        device = npu_config.open_device(config)
+        learner = pretraining.Byol(config, device, total_steps=10, loop_size=1)
+        images = np.random.RandomState(0).rand(2, 16, 16, 3).astype(np.float32)
+        for network in (learner.f_online, learner.f_target):
+            np.testing.assert_allclose(network(images), encoder(images), rtol=1e-4, atol=1e-5)
+    random = pretraining.consistent(pretraining.Config(encoder_weights="none"))
+    assert random == pretraining.consistent(pretraining.Config())
+
+
+def test_a_run_from_a_file_goes_on_exactly_and_calls_no_weights_random(tiny_images, other, tmp_path):
+    encoder, path = other
+    flags = [flag for flag in TINY if "width" not in flag] + ["--data_dir=%s" % tiny_images, "--encoder_weights=%s" % path,
+                                                              "--learning_rate=0.1", "--knn_every=1", "--log_every=1"]
+    straight = completed(fork("pretraining.py", *flags + ["--max_steps=4", "--output_dir=%s" % (tmp_path / "straight")]))
+    assert "with BatchNorm's statistics of these images" not in straight and "random ones" not in straight
+    for steps in (1, 4):
+        completed(fork("pretraining.py", *flags + ["--max_steps=%d" % steps, "--output_dir=%s" % (tmp_path / "stopped")]))
+    for name in ("losses.txt", "f_online_1.h5"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+    assert json.loads((tmp_path / "straight" / "config.json").read_text())["width_multiplier"] == 1 / 16
+    # Of a start from 0 and 1, BatchNorm's statistics would lose that share after four steps; these are the file's for the most part.
+    after = weights.load_encoder(str(tmp_path / "straight" / "f_online_1.h5"), width_multiplier=1 / 16)
+    norms = [layer for layer in after.submodules if isinstance(layer, models.keras.layers.BatchNormalization)]
+    state = tf.train.load_checkpoint(str(tmp_path / "straight" / "checkpoints" / "ckpt-4"))
+    names = [name for name in state.get_variable_to_shape_map() if name.startswith("f_online") and "moving_variance/.ATTR" in name]
+    assert sorted(float(np.sum(layer.moving_variance)) for layer in norms) == pytest.approx(
+        sorted(float(np.sum(state.get_tensor(name))) for name in names))
+    assert runfiles.Run(str(tmp_path / "straight")).accuracies["k-NN"].keys() == {True}
+    settings = [flag for flag in flags if "encoder_weights" not in flag] + ["--width_multiplier=0.0625"]
+    status, _, error = run("pretraining.py", *settings + ["--output_dir=%s" % (tmp_path / "straight")], forked=True)
+    assert status == 1 and "encoder_weights" in error and error.count("\n") == 1
+
+
+def test_what_is_said_where_k_nn_has_not_risen():
+    assert health.not_risen(0.3, 0.4, random_start=True) is None
+    assert "random ones" in health.not_risen(0.4, 0.4, random_start=True)
+    assert health.not_risen(0.4, 0.3, random_start=False) == "It has not risen."

@@ -250,12 +250,13 @@ def test_every_device_starts_with_targets_as_the_online_networks():
 
 def check_targets():
     device = npu_config.open_device(npu_config.Options(device="cpu", num_devices=2))
-    config = pretraining.Config(device="cpu", width_multiplier=1 / 16, batch_size=8, target_start="online")
-    learner = pretraining.Byol(config, device, total_steps=10, loop_size=1)
-    pairs = zip(learner.f_target.weights + learner.g_target.weights, learner.f_online.weights + learner.g_online.weights)
-    for target, online in pairs:
-        for part in (0, 1):
-            np.testing.assert_array_equal(target.values[part], online.values[0])
+    for given in (dict(width_multiplier=1 / 16), dict(encoder_weights="cifar10-narrow")):
+        config = pretraining.consistent(pretraining.Config(device="cpu", batch_size=8, target_start="online", **given))
+        learner = pretraining.Byol(config, device, total_steps=10, loop_size=1)
+        pairs = zip(learner.f_target.weights + learner.g_target.weights, learner.f_online.weights + learner.g_online.weights)
+        for target, online in pairs:
+            for part in (0, 1):
+                np.testing.assert_array_equal(target.values[part], online.values[0])
 
 
 def test_a_step_sends_what_the_documentation_says():

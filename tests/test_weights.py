@@ -555,10 +555,58 @@ def test_files_of_encoders_for_real_images(tmp_path, make, stem):
     weights.load_weights(other, path)
     for mine, its in zip(encoder.weights, other.weights):
         np.testing.assert_array_equal(mine, its)
-    assert weights.stem_of(path) == stem and weights.stem_of(str(tmp_path / "none.h5")) is None
+    assert weights.settings_of(path) == {"encoder": encoder.name, "width_multiplier": 1 / 32, "stem": stem, "normalise": "none"}
     wrong = make(1 / 32, stem={"imagenet": "cifar", "cifar": "imagenet"}[stem])
     with pytest.raises(UserError, match="of %s with width_multiplier 0.03125 and the stem %s.*--stem" % (encoder.name, stem)):
         weights.load_weights(wrong, path)
+
+
+def test_only_an_encoders_file_tells_what_it_was_made_with(tmp_path):
+    head, path = models.ProjectionHead(8, 4), str(tmp_path / "head.h5")
+    head.build((None, 8))
+    weights.save_weights(head, path)
+    for name, words in ((path, "no encoder known here.*f_online_<epoch>.h5"), (str(tmp_path / "none.h5"), "There is no weights file")):
+        with pytest.raises(UserError, match=words):
+            weights.settings_of(name)
+    assert weights.settings_of("cifar10-narrow")["width_multiplier"] == 0.25
+
+
+@pytest.mark.parametrize("make, initializer", [(models.ResNet18, "torch"), (models.ResNet34, "glorot"), (models.ResNet50, "torch")])
+def test_a_start_has_the_features_of_its_file_and_kernels_as_large_as_drawn(tmp_path, make, initializer):
+    conv = models.drawn(keras.layers.Conv2D, initializer)
+    encoder, drawn, started = trained_encoder(make=make), make(1 / 16, conv=conv), make(1 / 16, conv=conv)
+    for i, variable in enumerate(encoder.trainable_weights):
+        if "kernel" in variable.name:
+            variable.assign(variable * (5.0 if i % 2 else 0.1))
+        elif "bias" in variable.name:
+            variable.assign(variable * 0.01)
+    norms = [layer for layer in encoder.submodules if isinstance(layer, keras.layers.BatchNormalization)]
+    statistics = [statistic for layer in norms for statistic in (layer.moving_mean, layer.moving_variance)]
+    for change in (lambda statistic: 0 * statistic, lambda statistic: statistic / (1 - norms[0].momentum)):
+        for statistic in statistics:  # those of one batch
+            statistic.assign(change(statistic))
+        encoder(IMAGES, training=True)
+    assert np.min(norms[0].moving_variance) < norms[0].epsilon
+    path = str(tmp_path / "f.h5")
+    weights.save_weights(encoder, path)
+    sizes = [np.std(variable) for variable in started.trainable_weights if "kernel" in variable.name]
+    weights.start_from(started, path)
+    np.testing.assert_allclose(features(started), features(encoder), rtol=1e-3, atol=1e-4 * np.abs(features(encoder)).max())
+    kernels = [(mine, its) for mine, its in zip(started.trainable_weights, encoder.trainable_weights) if "kernel" in mine.name]
+    np.testing.assert_allclose([np.std(mine) for mine, _ in kernels], sizes, rtol=1e-5)
+    for mine, its in kernels:
+        np.testing.assert_allclose(mine / np.std(mine), its / np.std(its), rtol=1e-4, atol=1e-5)
+    assert np.isfinite(features(encoder)).all()
+    assert np.abs(features(drawn) - features(encoder)).max() > 0.1 * np.abs(features(encoder)).max()
+
+
+def test_a_start_with_a_kernel_of_zeros_stays_finite(tmp_path):
+    encoder, path = trained_encoder(), str(tmp_path / "f.h5")
+    encoder.trainable_weights[0].assign(0 * encoder.trainable_weights[0])
+    weights.save_weights(encoder, path)
+    started = models.ResNet18(1 / 16)
+    weights.start_from(started, path)
+    np.testing.assert_allclose(features(started), features(encoder), rtol=1e-3, atol=1e-5)
 
 
 def test_a_file_of_resnet50_with_shortcuts_first_is_refused(tmp_path):
