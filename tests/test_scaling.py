@@ -22,6 +22,7 @@ from conftest import ROOT
 from tensorflow.python.ops import op_selector
 
 import evaluation
+import models
 import npu_config
 import pretraining
 from commands import UserError
@@ -250,6 +251,7 @@ def test_every_device_starts_with_targets_as_the_online_networks():
 
 def check_targets():
     device = npu_config.open_device(npu_config.Options(device="cpu", num_devices=2))
+    models.ENCODERS["resnet18"] = models.ResNet18
     for given in (dict(width_multiplier=1 / 16), dict(encoder_weights="cifar10-narrow")):
         config = pretraining.consistent(pretraining.Config(device="cpu", batch_size=8, target_start="online", **given))
         learner = pretraining.Byol(config, device, total_steps=10, loop_size=1)
