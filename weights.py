@@ -129,16 +129,12 @@ def load_encoder(path: str, encoder: str = "resnet18", width_multiplier: float =
 
 
 def settings_of(path: str) -> Dict[str, Any]:
-    """What an encoder's file was made with: encoder, width_multiplier, stem and normalise, as pretraining's flags have them.
+    """What an encoder's file was made with, as far as that is known here: encoder, width_multiplier, stem and normalise.
 
-    path: a file, or a name in SHIPPED. UserError if it is not whole, or not an encoder's.
+    path: a file, or a name in SHIPPED. The values are as pretraining's flags have them. UserError if the file is not whole.
     """
     with _reading(shipped(path).get("encoder_weights", path)) as file:
-        layers, normalisation = _layers(_datasets(file)), _normalisation(file)
-        known = _architecture(layers)
-        if not known:
-            raise _Misfit("holds the weights of %s; give a file as pretraining.py writes, f_online_<epoch>.h5." % _describe(layers))
-        return dict(known, normalise=normalisation)
+        return dict(_architecture(_layers(_datasets(file))), normalise=_normalisation(file))
 
 
 class _Misfit(Exception):
@@ -293,17 +289,18 @@ def _same(layer: Layer, other: Layer) -> bool:
 def _describe(layers: Layers) -> str:
     """For example: resnet18 with width_multiplier 0.25 and the stem cifar."""
     found = _architecture(layers)
-    if not found:
+    if "encoder" not in found:
         return "no encoder known here (%d convolutions or dense layers, %d BatchNorms)" % tuple(map(len, layers))
     return "%(encoder)s with width_multiplier %(width_multiplier)g and the stem %(stem)s" % found
 
 
 def _architecture(layers: Layers) -> Dict[str, Any]:
-    """encoder, width_multiplier and stem; empty if they are not those of an encoder known here."""
+    """The stem, and if they are an encoder's that is known here, encoder and width_multiplier."""
     convolutions, norms = layers
+    first = convolutions[0] if convolutions else {}
+    side = first["kernel"][1].shape[0] if "kernel" in first else 0
+    found = {"stem": "imagenet" if side == models.STEMS["imagenet"][0] else "cifar"}  # type: Dict[str, Any]
     names = {20: "resnet18", 36: "resnet34", BOTTLENECKS: "resnet50"}
-    if len(convolutions) != len(norms) or len(norms) not in names:
-        return {}
-    side = convolutions[0]["kernel"][1].shape[0] if "kernel" in convolutions[0] else 0
-    return {"encoder": names[len(norms)], "width_multiplier": next(iter(norms[0].values()))[1].shape[-1] / 64,
-            "stem": "imagenet" if side == models.STEMS["imagenet"][0] else "cifar"}
+    if len(convolutions) == len(norms) and len(norms) in names:
+        found.update(encoder=names[len(norms)], width_multiplier=next(iter(norms[0].values()))[1].shape[-1] / 64)
+    return found

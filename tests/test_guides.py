@@ -22,7 +22,7 @@ GUIDES = ["README.md", "README.zh-CN.md", "CONTRIBUTING.md"] + [
 COMMANDS = ("pretraining.py", "linearevaluation.py", "finetuning.py", "embed.py", "report.py", "datasets.py")
 # What stands for a user's own: folders that are made below, and choices that a line leaves open.
 CHOICES = {"[--npu_ops FILE]": "", "--recipe NAME": "--recipe paper --image_size 32", " ...": "", "--num_devices 8": "--num_devices 2",
-           "--num_devices 4": "--num_devices 2"}
+           "--num_devices 4": "--num_devices 2", "--encoder_weights start.h5": "--encoder_weights cifar10"}
 SMALL = {"pretraining.py": "--device=cpu --batch_size=16 --max_steps=2 --knn_every=0 --image_size=%(size)d --store_size=%(size)d "
                            "--precision_mode=must_keep_origin_dtype --noresume --overwrite",
          "linearevaluation.py": "--device=cpu --batch_size=16 --num_epochs=1 --max_steps=2 --precision_mode=must_keep_origin_dtype",

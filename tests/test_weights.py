@@ -561,14 +561,18 @@ def test_files_of_encoders_for_real_images(tmp_path, make, stem):
         weights.load_weights(wrong, path)
 
 
-def test_only_an_encoders_file_tells_what_it_was_made_with(tmp_path):
+def test_what_is_known_of_a_file(tmp_path):
     head, path = models.ProjectionHead(8, 4), str(tmp_path / "head.h5")
     head.build((None, 8))
     weights.save_weights(head, path)
-    for name, words in ((path, "no encoder known here.*f_online_<epoch>.h5"), (str(tmp_path / "none.h5"), "There is no weights file")):
+    assert weights.settings_of(path) == {"stem": "cifar", "normalise": "none"}
+    assert weights.settings_of("cifar10-narrow") == {"encoder": "resnet18", "width_multiplier": 0.25, "stem": "cifar",
+                                                     "normalise": "cifar10"}
+    with open(path, "r+b") as file:
+        file.truncate(3000)
+    for name, words in ((path, "not a whole Keras weights file"), (str(tmp_path / "none.h5"), "There is no weights file")):
         with pytest.raises(UserError, match=words):
             weights.settings_of(name)
-    assert weights.settings_of("cifar10-narrow")["width_multiplier"] == 0.25
 
 
 @pytest.mark.parametrize("make, initializer", [(models.ResNet18, "torch"), (models.ResNet34, "glorot"), (models.ResNet50, "torch")])
