@@ -109,16 +109,19 @@ def spread(steps: Sequence[float], spreads: Sequence[float], even: float) -> Rea
     return Reading("healthy", told + ".")
 
 
-def knn(steps: Sequence[float], accuracies: Sequence[float], taken: int) -> Reading:
-    """Of the k-NN accuracies in [0, 1] at each of these steps, at least one. taken: how many steps the run has taken."""
+def knn(steps: Sequence[float], accuracies: Sequence[float], taken: int, start: str = "random weights") -> Reading:
+    """Of the k-NN accuracies in [0, 1] at each of these steps, at least one. taken: how many steps the run has taken.
+
+    start: the weights that it began with, in words.
+    """
     first, last, best = accuracies[0], accuracies[-1], max(accuracies)
     if steps[0] > 0:
-        return Reading("", "The k-NN accuracy is %.2f %% at step %d; that of random weights, to compare it with, was not measured."
-                       % (100 * last, steps[-1]))
+        return Reading("", "The k-NN accuracy is %.2f %% at step %d; that of %s, to compare it with, was not measured."
+                       % (100 * last, steps[-1], start))
     if len(accuracies) == 1:
-        return Reading("too early to tell", "The k-NN accuracy is %.2f %% with random weights, and was not measured again yet."
-                       % (100 * last))
-    told = "The k-NN accuracy is %.2f %% at step %d and was %.2f %% with random weights" % (100 * last, steps[-1], 100 * first)
+        return Reading("too early to tell", "The k-NN accuracy is %.2f %% with %s, and was not measured again yet."
+                       % (100 * last, start))
+    told = "The k-NN accuracy is %.2f %% at step %d and was %.2f %% with %s" % (100 * last, steps[-1], 100 * first, start)
     if last > first + RISEN:
         fallen = "; the best was %.2f %%" % (100 * best) if best > last + RISEN else ""
         return Reading("healthy", "%s%s. This is the best sign of learning." % (told, fallen))

@@ -102,7 +102,13 @@ class Run:
         """Whether the published losses are of such a run, by ModelZoo's recipe."""
         settings = dict(recipes.MODELZOO, **self.config)  # early versions had no other recipe
         return all(settings.get(name) == value for name, value in dict(
-            recipes.MODELZOO, encoder="resnet18", width_multiplier=1.0, batch_size=512, dataset="cifar10").items())
+            recipes.MODELZOO, encoder="resnet18", width_multiplier=1.0, batch_size=512, dataset="cifar10",
+            encoder_weights=None).items())
+
+    def began_with(self) -> Optional[str]:
+        """The weights that its encoder began with, by their name; None: random ones."""
+        path = self.config.get("encoder_weights")
+        return None if path is None else os.path.basename(short(path))
 
     def even_spread(self) -> float:
         """The spread that its projections would have if they were spread evenly."""
@@ -120,7 +126,7 @@ class Run:
             told["learning_rate"] = reading.learning_rate(log["learning_rate"])
             told["speed"] = reading.speed(log["images_per_second"])
         if knn:
-            told["knn"] = reading.knn(knn["step"], knn["accuracy"], len(self.losses))
+            told["knn"] = reading.knn(knn["step"], knn["accuracy"], len(self.losses), self.began_with() or "random weights")
         told["loss"] = reading.loss(self.losses, "spread" in told and told["spread"].kind == "collapsed")
         told["first_batches"] = reading.first_batches(self.losses, self.comparable())
         return told
@@ -131,9 +137,8 @@ class Run:
         An encoder that comes with the program, which has a name instead of a file, gets rows of its own.
         """
         found, named = {}, {}  # type: Dict[str, Dict[bool, Accuracy]], Dict[str, Dict[str, Accuracy]]
-        random = not self.config.get("encoder_weights")  # at the start
         for step, value in zip(self.knn.get("step", []), self.knn.get("accuracy", [])):
-            found.setdefault("k-NN", {})[step > 0 or not random] = Accuracy(value, "epoch %.4g" % self.epochs(step))
+            found.setdefault("k-NN", {})[step > 0 or self.began_with() is not None] = Accuracy(value, "epoch %.4g" % self.epochs(step))
         here = os.path.join(glob.escape(self.folder))
         for path in _newest_last(os.path.join(here, "result_*.json"), os.path.join(here, "*", "result_*.json")):
             folder, name = os.path.split(path)

@@ -92,6 +92,12 @@ def test_the_knn_accuracy(steps, values, taken, kind, words):
     assert told.kind == kind and words in told.text
 
 
+def test_the_knn_accuracy_of_a_run_that_began_with_other_than_random_weights():
+    for steps in ([0, 5000], [0], [500]):
+        told = reading.knn(steps, [0.34, 0.41][:len(steps)], 5000, "cifar10-narrow").text
+        assert "cifar10-narrow" in told and "random" not in told
+
+
 def test_a_real_run_is_too_young_at_first_and_healthy_later():
     """The whole page may say nothing worse of it at any time."""
     for number in range(1, len(REAL) + 1):

@@ -82,7 +82,18 @@ def test_only_a_run_like_the_published_one_is_called_comparable(tmp_path):
     like = make_run(tmp_path / "like", width_multiplier=1.0, dataset="cifar10", batch_size=512, num_epochs=200)
     other = make_run(tmp_path / "sgd", width_multiplier=1.0, dataset="cifar10", batch_size=512, optimizer="sgd")
     assert report.Run(like).comparable() and not report.Run(other).comparable()
+    assert not report.Run(make_run(tmp_path / "from", width_multiplier=1.0, dataset="cifar10", batch_size=512,
+                                   encoder_weights="cifar10")).comparable()
     assert not report.Run(make_run(tmp_path / "other")).comparable()
+
+
+@pytest.mark.parametrize("weights, told", [(None, "random weights"), ("/some/f_online_7.h5", "f_online_7.h5")])
+def test_the_page_tells_what_a_run_began_with(tmp_path, weights, told):
+    folder = make_run(tmp_path / "run", encoder_weights=weights)
+    run = report.Run(folder)
+    run.knn = dict(step=[0, 40], accuracy=[0.3, 0.4])
+    assert set(run._accuracies()["k-NN"]) == ({False, True} if weights is None else {True})
+    assert told in run._readings()["knn"].text
 
 
 def test_names_and_flags_are_escaped(tmp_path):
