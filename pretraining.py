@@ -259,6 +259,7 @@ def consistent(config: Config) -> Config:
     known = {} if config.encoder_weights in (None, "", "none") else weights.settings_of(config.encoder_weights)
     taken = {name: value for name, value in known.items() if name == "normalise" or getattr(config, name) == getattr(Config, name)}
     config = dataclasses.replace(config, encoder_weights=config.encoder_weights if known else None, **taken)
+    commands.check(config)  # what the file says, too
     loop_size = config.iterations_per_loop or config.log_every
     if config.log_every % loop_size:
         raise UserError("--log_every %d is not a multiple of --iterations_per_loop %d." % (config.log_every, loop_size))
