@@ -66,7 +66,7 @@ def load_weights(network: Any, path: str) -> None:
     ResNet of the same architecture saved. The encoder then normalises images as that of the file did. UserError, and
     `network` untouched, if the file is not whole, not of this architecture and width, or holds numbers that are not finite.
     """
-    wanted = _layers((weight.name, (weight.name, weight)) for weight in network.trainable_weights + network.non_trainable_weights)
+    wanted = _variables(network)
     with _reading(path) as file:
         normalisation = _normalisation(file)
         pairs = list(_match(wanted, _layers(_datasets(file))))
@@ -87,7 +87,7 @@ def start_from(network: Any, path: str) -> None:
     has, and bias and statistics with it; gamma makes up for BatchNorm's epsilon, so that the features in inference mode stay the
     file's. UserError as `load_weights`.
     """
-    layers = _layers((weight.name, (weight.name, weight)) for weight in network.trainable_weights + network.non_trainable_weights)
+    layers = _variables(network)
     drawn = [np.std(convolution["kernel"][1].numpy()) for convolution in layers[0]]
     epsilon = next(layer.epsilon for layer in network.submodules if isinstance(layer, keras.layers.BatchNormalization))
     load_weights(network, shipped(path).get("encoder_weights", path))
@@ -252,6 +252,11 @@ def _layers(weights: Iterable[Tuple[str, Tuple[str, Any]]]) -> Layers:
         by_layer.setdefault(layer, {})[kind.split(":")[0]] = weight
     norms = [layer for layer in by_layer.values() if {"gamma", "beta", "moving_mean", "moving_variance"} & set(layer)]
     return [layer for layer in by_layer.values() if "kernel" in layer or "bias" in layer], norms
+
+
+def _variables(network: Any) -> Layers:
+    """Those of a network."""
+    return _layers((weight.name, (weight.name, weight)) for weight in network.trainable_weights + network.non_trainable_weights)
 
 
 def _match(wanted: Layers, given: Layers) -> Iterable[Tuple[Any, str, Any]]:
