@@ -139,7 +139,7 @@ def test_flags_of_the_npu_are_at_the_end_of_the_help():
 @pytest.mark.parametrize("command", ["linearevaluation.py", "finetuning.py", "embed.py"])
 def test_verbose_shows_what_tensorflow_says(command, tmp_path):
     done = subprocess.run([sys.executable, "-B", os.path.join(ROOT, command), "--verbose", "--device=cpu",
-                           "--encoder_weights=/nowhere", "--output_dir=%s" % tmp_path],
+                           "--encoder_weights=none", "--dataset=folder", "--data_dir=/nowhere", "--output_dir=%s" % tmp_path],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
                           env={name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"})
     *others, last = done.stderr.splitlines()
