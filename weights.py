@@ -255,7 +255,7 @@ def _layers(weights: Iterable[Tuple[str, Tuple[str, Any]]]) -> Layers:
 
 
 def _variables(network: Any) -> Layers:
-    """Those of a network."""
+    """A network's own, as `_layers` orders them: (name, variable) of each weight."""
     return _layers((weight.name, (weight.name, weight)) for weight in network.trainable_weights + network.non_trainable_weights)
 
 
